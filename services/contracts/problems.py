@@ -1,0 +1,146 @@
+"""Where problems come from: generated arithmetic, local JSONL, Hugging Face `datasets`.
+
+Train and held-out problems are disjoint by question. Everything is a pure function of the configuration,
+so learner and evaluation, which both load problems, see the same ones.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.contracts.config import ConfigError, DataSection, RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question and the answers that are right."""
+
+    question: str
+    gold: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """The two sides of a data set; no question is on both."""
+
+    train: Sequence[Problem]
+    heldout: Sequence[Problem]
+
+
+def load_problems(config: RunConfig) -> Problems:
+    """Load the run's problems. Raises ConfigError naming the file and the field at fault."""
+    data = config.data
+    if data.source == "arithmetic":
+        train, heldout = list(arithmetic(data.digits)), []
+    else:
+        if not data.train:
+            raise ConfigError(f'data.train: empty; data.source = "{data.source}" needs a file or data set name')
+        train, heldout = _load(data, data.train), _load(data, data.heldout) if data.heldout else []
+    if heldout:
+        seen = {problem.question for problem in heldout}
+        train = [problem for problem in train if problem.question not in seen]
+    else:
+        train, heldout = _split(train, data.heldout_size, config.run.seed)
+    if not train:
+        raise ConfigError(f"data.train: {data.train or data.source}: no training problem is left")
+    return Problems(train=train, heldout=heldout)
+
+
+def arithmetic(digits: int) -> Iterator[Problem]:
+    """Every sum of two `digits`-digit numbers, in a fixed order: `23+48` -> `71`."""
+    low, high = (10 ** (digits - 1) if digits > 1 else 0), 10**digits
+    for a, b in itertools.product(range(low, high), repeat=2):
+        yield Problem(f"{a}+{b}", (str(a + b),))
+
+
+def _split(problems: list[Problem], heldout_size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    unique = list({problem.question: problem for problem in problems}.values())
+    if len(unique) <= heldout_size:
+        raise ConfigError(
+            f"data.heldout_size: {heldout_size} leaves no training problem, there are {len(unique)} distinct questions"
+        )
+    order = np.random.default_rng(seed).permutation(len(unique))
+    return [unique[i] for i in order[heldout_size:]], [unique[i] for i in order[:heldout_size]]
+
+
+def _load(data: DataSection, name: str) -> list[Problem]:
+    rows = _jsonl(Path(name)) if data.source == "jsonl" else _hub(name)
+    problems = list(_problems(rows, data, name))
+    if not problems:
+        raise ConfigError(f"{name}: the data set is empty")
+    return problems
+
+
+def _problems(rows: Iterable[tuple[str, dict[str, Any]]], data: DataSection, name: str) -> Iterator[Problem]:
+    pattern = _compile(data.answer_pattern)
+    for where, row in rows:
+        for field in (data.question_field, data.answer_field):
+            if field not in row:
+                setting = "question_field" if field == data.question_field else "answer_field"
+                raise ConfigError(f"{where}: no column {field!r} (data.{setting}); columns: {', '.join(row)}")
+        answers = row[data.answer_field]
+        golds = tuple(_gold(answer, pattern, where) for answer in (answers if isinstance(answers, list) else [answers]))
+        yield Problem(str(row[data.question_field]), golds)
+
+
+def _gold(answer: object, pattern: re.Pattern[str] | None, where: str) -> str:
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # "8.0" and "8" are one answer; MAWPS stores floats
+    text = str(answer)
+    if pattern is not None:
+        match = pattern.search(text)
+        if match is None:
+            raise ConfigError(f"{where}: data.answer_pattern {pattern.pattern!r} finds nothing in {text[-80:]!r}")
+        text = match.group(1)
+    return text.strip()
+
+
+def _compile(pattern: str) -> re.Pattern[str] | None:
+    if not pattern:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"data.answer_pattern: not a regular expression: {error}") from error
+    if compiled.groups < 1:
+        raise ConfigError("data.answer_pattern: needs a group around the answer, for example '####\\s*(.+)'")
+    return compiled
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: no such data file (data.train, data.heldout)") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def _hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`name`, `name:split` or `name:config:split` on the Hugging Face hub."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError('data.source = "hub" needs the package `datasets`: pip install datasets') from error
+    parts = name.split(":")
+    split = parts[-1] if len(parts) > 1 else "train"
+    config_name = parts[1] if len(parts) > 2 else None
+    try:
+        rows = datasets.load_dataset(parts[0], config_name, split=split)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: cannot load the data set: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(rows):
+        yield f"{name}[{number}]", dict(row)
