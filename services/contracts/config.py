@@ -78,11 +78,14 @@ class DataSection(_Section):
     heldout: str = ""
     """As `train`. Empty: `heldout_size` problems are set aside from `train` by a seeded shuffle."""
     question_field: str = "question"
-    """Column holding the question."""
+    """Column holding the question; several, joined by a space, as `Body,Question`."""
     answer_field: str = "answer"
     """Column holding the gold answer (a string, a number or a list of either)."""
     answer_pattern: str = ""
-    """Regular expression whose first group is the gold answer inside the column (GSM8K: `####\\s*(.+)`); empty: the whole column."""
+    """Regular expression whose first group is the gold answer inside the column (GSM8K: `####\\s*(.+)`);
+    empty: all of it."""
+    rationale_field: str = ""
+    """Column with the working that leads to the answer, shown before it in the supervised warm-up; empty: none."""
     heldout_size: Positive = 256
     """Held-out problems, disjoint from training."""
     digits: Annotated[int, Field(ge=1, le=4)] = 2
@@ -98,10 +101,10 @@ class DialogueSection(_Section):
     """Largest N."""
     template: Literal["chat", "paper"] = "chat"
     """chat: the model's own chat template. paper: the reference's strings to the letter."""
-    system_prompt: str = (
-        "Please reason step by step, and put your final answer within \\boxed{{}}. You have {attempts} to answer the question."
-    )
-    """`chat`: first system turn; `{attempts}` becomes "1 attempt" or "3 attempts", `{n}` the bare number; braces double. Empty: no system turn."""
+    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{{}}. "
+        "You have {attempts} to answer the question."
+    """`chat`: first system turn; `{attempts}` becomes "1 attempt" or "3 attempts", `{n}` the bare number; other
+    braces are doubled. Empty: no system turn."""
     feedback_wrong: str = "Your answer is incorrect. You have {attempts} left. Try an alternative."
     """`chat`: told after a wrong answer."""
     feedback_no_answer: str = "No boxed answer was found. You have {attempts} left. Try again."
@@ -131,7 +134,9 @@ class DialogueSection(_Section):
             try:
                 getattr(self, name).format(n=1, attempts="1 attempt")
             except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(f"{name} may use {{n}} and {{attempts}} only, other braces doubled ({error!r})") from error
+                raise ValueError(
+                    f"{name} may use {{n}} and {{attempts}} only, other braces doubled ({error!r})"
+                ) from error
         return self
 
 
@@ -296,7 +301,8 @@ class LearnerSection(_Section):
     def _divisible(self) -> "LearnerSection":
         if self.batch_dialogues % self.minibatch_dialogues:
             raise ValueError(
-                f"batch_dialogues {self.batch_dialogues} is not a multiple of minibatch_dialogues {self.minibatch_dialogues}"
+                f"batch_dialogues {self.batch_dialogues} is not a multiple of "
+                f"minibatch_dialogues {self.minibatch_dialogues}"
             )
         return self
 
@@ -472,4 +478,6 @@ def model_path(config: RunConfig) -> Path:
     try:
         return Path(json.loads(note.read_text(encoding="utf-8"))["path"])
     except FileNotFoundError as error:
-        raise ConfigError(f"{note}: the model is not prepared; run `python -m services.learner.prepare` first") from error
+        raise ConfigError(
+            f"{note}: the model is not prepared; run `python -m services.learner.prepare` first"
+        ) from error

@@ -23,6 +23,7 @@ class Problem:
 
     question: str
     gold: tuple[str, ...]
+    rationale: str = ""  # the working, for the supervised warm-up only
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,19 @@ def _load(data: DataSection, name: str) -> list[Problem]:
 
 def _problems(rows: Iterable[tuple[str, dict[str, Any]]], data: DataSection, name: str) -> Iterator[Problem]:
     pattern = _compile(data.answer_pattern)
+    question_fields = [field.strip() for field in data.question_field.split(",")]
+    wanted = [("question_field", field) for field in question_fields] + [("answer_field", data.answer_field)]
+    if data.rationale_field:
+        wanted.append(("rationale_field", data.rationale_field))
     for where, row in rows:
-        for field in (data.question_field, data.answer_field):
+        for setting, field in wanted:
             if field not in row:
-                setting = "question_field" if field == data.question_field else "answer_field"
                 raise ConfigError(f"{where}: no column {field!r} (data.{setting}); columns: {', '.join(row)}")
         answers = row[data.answer_field]
+        question = " ".join(str(row[field]) for field in question_fields)
+        rationale = str(row[data.rationale_field]) if data.rationale_field else ""
         golds = tuple(_gold(answer, pattern, where) for answer in (answers if isinstance(answers, list) else [answers]))
-        yield Problem(str(row[data.question_field]), golds)
+        yield Problem(question, golds, rationale)
 
 
 def _gold(answer: object, pattern: re.Pattern[str] | None, where: str) -> str:
