@@ -101,8 +101,10 @@ class DialogueSection(_Section):
     """Largest N."""
     template: Literal["chat", "paper"] = "chat"
     """chat: the model's own chat template. paper: the reference's strings to the letter."""
-    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{{}}. "
+    system_prompt: str = (
+        "Please reason step by step, and put your final answer within \\boxed{{}}. "
         "You have {attempts} to answer the question."
+    )
     """`chat`: first system turn; `{attempts}` becomes "1 attempt" or "3 attempts", `{n}` the bare number; other
     braces are doubled. Empty: no system turn."""
     feedback_wrong: str = "Your answer is incorrect. You have {attempts} left. Try an alternative."
