@@ -1,0 +1,105 @@
+"""Connections to Redis or Valkey: every wait has a deadline, and a restarted server is waited for.
+
+What is kept there is the business of `ledger` and `registry`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
+
+from services.contracts.config import ConfigError
+
+SOCKET_TIMEOUT_S = 5.0  # no command of ours blocks on the server
+CONNECT_TIMEOUT_S = 2.0
+PATIENCE_S = 30.0  # how long a running service waits for a server that went away: a restart with its file to read
+START_PATIENCE_S = 5.0  # at start, the server may still be coming up beside us
+MAX_CONNECTIONS = 16  # further commands queue for one
+
+_T = TypeVar("_T")
+
+
+class PatientRetry(Retry):
+    """Retry with exponential back-off (50 ms to 1 s) until `patience_s` has passed since the command was first tried.
+
+    redis-py counts attempts, and nests one such loop (connecting) inside another (sending): N becomes N^2. A clock
+    bounds both. A command may therefore run twice when its reply was lost, so all of ours are safe to repeat.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__(ExponentialBackoff(cap=1.0, base=0.05), retries=-1)
+        self._patience_s = patience_s
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[_T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,  # noqa: FBT001, FBT002 (redis-py's signature)
+    ) -> _T:
+        """Await `do()`; on a lost connection or a timeout call `fail` (which disconnects) and try again."""
+        deadline = time.monotonic() + self._patience_s
+        failures = 0
+        while True:
+            try:
+                return await do()
+            except self._supported_errors as error:
+                if is_retryable and not is_retryable(error):
+                    raise
+                # A wrong password is a ConnectionError to redis-py; waiting does not mend it.
+                if isinstance(error, AuthenticationError):
+                    raise
+                failures += 1
+                await (fail(error, failures) if with_failure_count else fail(error))
+                pause_s = self._backoff.compute(failures)
+                if time.monotonic() + pause_s > deadline:
+                    raise
+                await asyncio.sleep(pause_s)
+
+
+async def connect(url: str, *, patience_s: float = PATIENCE_S, start_patience_s: float = START_PATIENCE_S) -> Redis:
+    """Open a client and check that a server answers.
+
+    url: `redis://[:password@]host:port/db`, `rediss://` or `unix://`. patience_s: how long each later command waits
+    for a lost server before it raises redis.exceptions.ConnectionError. Replies are bytes.
+    Raises ConfigError, one line, when no server answers within `start_patience_s`. Close with `await client.aclose()`.
+    """
+    try:
+        client = _client(url, start_patience_s)
+    except ValueError as error:
+        raise ConfigError(f"redis.url {_masked(url)!r}: {error}") from error
+    try:
+        await client.ping()
+    except (ConnectionError, TimeoutError, RedisError) as error:
+        raise ConfigError(f"no Redis at {_masked(url)}: {error}") from error
+    finally:
+        await client.aclose()
+    return _client(url, patience_s)
+
+
+def _client(url: str, patience_s: float) -> Redis:
+    pool = BlockingConnectionPool.from_url(
+        url,
+        timeout=PATIENCE_S,
+        max_connections=MAX_CONNECTIONS,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_keepalive=True,
+        protocol=2,  # the same reply shapes from every redis-py and server version
+        retry=PatientRetry(patience_s),
+    )
+    return Redis.from_pool(pool)
+
+
+def _masked(url: str) -> str:
+    """The URL without its password: it goes into logs."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}").geturl()
