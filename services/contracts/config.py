@@ -60,9 +60,9 @@ class ModelSection(_Section):
     """Weights and compute, the same on both sides of the weight transfer."""
     warmup_steps: NonNegative = 0
     """Supervised steps on correct dialogues before RL (`arithmetic`, `smollm2`); 0: none."""
-    warmup_batch: Positive = 256
+    warmup_batch: Positive = 128
     """Sequences per supervised step."""
-    warmup_lr: PositiveFloat = 2e-3
+    warmup_lr: PositiveFloat = 4e-3
     """Peak learning rate of the supervised steps."""
     max_model_len: Positive = 1024
     """Context length in tokens: prompt, attempts and feedback together."""

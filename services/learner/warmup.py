@@ -7,7 +7,7 @@ A dialogue shows some wrong attempts (never trained on), the feedback each earne
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +17,9 @@ from services.contracts.problems import Problem
 from services.contracts.template import feedback_ids, prompt_ids
 from services.contracts.wire import Verdict
 
+Example = tuple[list[int], list[int]]  # (ids, labels)
 IGNORED = -100  # label of tokens without loss, as in torch.nn.functional.cross_entropy
+RETRY_SHARE = 0.15  # chance that a warm-up dialogue shows one more wrong attempt
 REPORT_EVERY_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -33,54 +35,70 @@ def warm_up(
 ) -> float:
     """Train `model` in place for `model.warmup_steps` AdamW steps; returns the last loss (nats per answer token).
 
-    The learning rate warms up over the first tenth and falls linearly to zero.
+    The learning rate rises over the first sixth and falls linearly to zero.
     """
     rng = random.Random(config.run.seed)
     steps = config.model.warmup_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.model.warmup_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    loss_value, reported = float("nan"), time.monotonic()
+    step_loss, reported = float("nan"), time.monotonic()
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = config.model.warmup_lr * _schedule(step, steps)
         examples = [_example(tokenizer, rng.choice(problems), config, rng) for _ in range(config.model.warmup_batch)]
-        input_ids, labels = _pad(examples, pad_id=tokenizer.pad_token_id or 0)
-        logits = model(input_ids=input_ids).logits  # right padding: causal attention never looks at it
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        loss.backward()
+        num_answer_tokens = sum(label != IGNORED for _, labels in examples for label in labels[1:])
+        step_loss = 0.0
+        for chunk in _by_length(examples):
+            input_ids, labels = _pad(chunk, pad_id=tokenizer.pad_token_id or 0)
+            logits = model(input_ids=input_ids).logits  # right padding: causal attention never looks at it
+            loss = (
+                torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+                )
+                / num_answer_tokens
+            )
+            loss.backward()
+            step_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if time.monotonic() - reported > REPORT_EVERY_S or step == steps - 1:
-            loss_value, reported = loss.item(), time.monotonic()
-            report(step + 1, loss_value)
+            reported = time.monotonic()
+            report(step + 1, step_loss)
     model.eval()
-    return loss_value
+    return step_loss
 
 
 def _schedule(step: int, steps: int) -> float:
-    warm = max(1, steps // 10)
+    warm = max(1, steps // 6)
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
 
-def _example(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, config: RunConfig, rng: random.Random
-) -> tuple[list[int], list[int]]:
+def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: RunConfig, rng: random.Random) -> Example:
     """(ids, labels) of one dialogue; labels are IGNORED outside the correct attempt."""
     dialogue = config.dialogue
     max_attempts = rng.randint(dialogue.min_attempts, dialogue.max_attempts)
     num_wrong = 0
-    while num_wrong < max_attempts - 1 and rng.random() < 0.3:
+    while num_wrong < max_attempts - 1 and rng.random() < RETRY_SHARE:
         num_wrong += 1
     ids = prompt_ids(tokenizer, dialogue, problem.question, max_attempts=max_attempts)
+    working = f"{problem.rationale} " if problem.rationale else ""
     for attempt in range(num_wrong):
-        ids += tokenizer.encode(f"\\boxed{{{_near_miss(problem.gold[0], rng)}}}", add_special_tokens=False)
+        wrong = f"{working}\\boxed{{{_near_miss(problem.gold[0], rng)}}}"
+        ids += tokenizer.encode(wrong, add_special_tokens=False)
         ids += feedback_ids(
             tokenizer, dialogue, Verdict.INCORRECT, attempts_left=max_attempts - attempt - 1, turn_closed=False
         )
-    working = f"{problem.rationale} " if problem.rationale else ""
     answer = tokenizer.encode(f"{working}\\boxed{{{problem.gold[0]}}}", add_special_tokens=False)
     return ids + answer, [IGNORED] * len(ids) + answer
+
+
+def _by_length(examples: Sequence[Example], *, num_chunks: int = 4) -> Iterator[Sequence[Example]]:
+    """Chunks of examples of similar length: dialogues with more attempts are longer, and padding is wasted work."""
+    ordered = sorted(examples, key=lambda example: len(example[0]))
+    size = -(-len(ordered) // num_chunks)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def _near_miss(gold: str, rng: random.Random) -> str:
@@ -92,7 +110,7 @@ def _near_miss(gold: str, rng: random.Random) -> str:
     return gold[:place] + rng.choice([d for d in "123456789" if d != gold[place]]) + gold[place + 1 :]
 
 
-def _pad(examples: Sequence[tuple[list[int], list[int]]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(examples: Sequence[Example], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, labels), both int64 [B, T], right-padded; padding has no loss."""
     width = max(len(ids) for ids, _ in examples)
     input_ids = torch.full((len(examples), width), pad_id)
