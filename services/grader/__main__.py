@@ -1,0 +1,99 @@
+"""Start the grader: `python -m services.grader --config RUN/config.json`, or with `--port 8000` and defaults.
+
+Light door: arguments, configuration and the port are checked before FastAPI is imported. A mistake in any of them is
+one line on standard error and exit code 2.
+"""
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from services.contracts.config import ConfigError, GraderSection, load_resolved
+from services.contracts.telemetry import configure_logging
+
+EXIT_CONFIG = 2
+DEFAULT_PORT = 8000  # on its own the grader wants a port that a person can guess
+BACKLOG = 2048
+GRACE_S = 10  # for running requests at SIGTERM
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m services.grader", description="The math-verification service.")
+    parser.add_argument("--config", type=Path, help="resolved configuration of a run (config.json)")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int, help=f"port; 0 picks a free one; without --config {DEFAULT_PORT}")
+    parser.add_argument("--workers", type=int, help="worker processes")
+    arguments = parser.parse_args(argv)
+    try:
+        run, section = _settings(arguments)
+        listener = _listen(section)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the one line
+        return EXIT_CONFIG
+    configure_logging("grader", run=run)
+    return _serve(section, listener)
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection]:
+    """The run's name and the [grader] section, flags over file."""
+    flags = {name: getattr(arguments, name) for name in ("host", "port", "workers")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    run, base = "standalone", GraderSection(port=DEFAULT_PORT)
+    if arguments.config is not None:
+        config = load_resolved(arguments.config)
+        run, base = config.run.name, config.grader
+    try:
+        return run, GraderSection(**{**base.model_dump(), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"grader.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _listen(section: GraderSection) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            section.host, section.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"grader.host {section.host}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"grader.port {section.port} on {section.host}: {error.strerror}; choose another with --port "
+            f"or grader.port (0 picks a free one)"
+        ) from error
+    return listener
+
+
+def _serve(section: GraderSection, listener: socket.socket) -> int:
+    import logging
+
+    import uvicorn
+
+    from services.grader.app import create_app
+
+    host, port = listener.getsockname()[:2]
+    logging.getLogger("services.grader").info(
+        "listening", extra={"host": host, "port": port, "workers": section.workers}
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(section), log_config=None, access_log=False, loop="asyncio", timeout_graceful_shutdown=GRACE_S
+        )
+    )
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
