@@ -1,0 +1,80 @@
+"""`python -m services.evaluation --config runs/<name>/config.json (--label before | --label after | --report | --plot)`."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import httpx
+
+from services.contracts.config import ConfigError, RunConfig, load_resolved
+from services.evaluation.results import LABELS, load, save, table
+
+REPORT_EVERY = 0.1  # a progress line at each tenth
+
+
+def main() -> int:
+    """0 when done; 2 for a configuration error, 1 when the measurement failed (one line on stderr each)."""
+    parser = argparse.ArgumentParser(prog="python -m services.evaluation")
+    parser.add_argument("--config", type=Path, required=True, help="resolved configuration (JSON) of the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--label", choices=LABELS, help="measure now, under this name")
+    what.add_argument("--report", action="store_true", help="print the table and draw the plots")
+    arguments = parser.parse_args()
+    from services.evaluation.run import EvaluationError
+
+    try:
+        config = load_resolved(arguments.config)
+        if arguments.report:
+            _report(config)
+        else:
+            asyncio.run(_measure(config, arguments.label))
+    except ConfigError as error:
+        print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except (EvaluationError, httpx.HTTPError) as error:
+        print(f"multiattempt: evaluation failed: {error or type(error).__name__}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+async def _measure(config: RunConfig, label: str) -> None:
+    from services.contracts.problems import load_problems
+    from services.contracts.registry import Registry
+    from services.contracts.store import connect
+    from services.evaluation.run import EvaluationError, evaluate
+
+    redis = await connect(config.redis.url)
+    try:
+        urls = [
+            replica.url for replica in await Registry(redis, config.run.name).replicas() if replica.state == "ready"
+        ]
+    finally:
+        await redis.aclose()
+    if not urls:
+        raise EvaluationError("no rollout replica is ready")
+    told = 0.0
+
+    def tell(done: int, total: int, accuracy: float) -> None:
+        nonlocal told
+        if done / total >= told + REPORT_EVERY or done == total:
+            told = done / total
+            print(f"evaluation ({label}): {done}/{total} dialogues, solved {100 * accuracy:.1f} %", flush=True)  # noqa: T201
+
+    problems = load_problems(config).heldout
+    evaluation = await evaluate(urls, problems, config.evaluation, label=label, seed=config.run.seed, report=tell)
+    save(evaluation, config.run_dir)
+
+
+def _report(config: RunConfig) -> None:
+    from services.evaluation.plot import plot_run
+
+    evaluations = [e for label in LABELS if (e := load(config.run_dir, label)) is not None]
+    if evaluations:
+        print(table(evaluations))  # noqa: T201
+    for path in plot_run(config.run_dir):
+        print(f"plot: {path}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())
