@@ -36,9 +36,8 @@ def test_split_is_disjoint_complete_and_seeded():
 
 
 def test_question_columns_are_joined_and_whole_floats_become_integers(tmp_path):
-    path = jsonl(
-        tmp_path / "svamp.jsonl", [{"Body": f"Case {i}.", "Question": "How many?", "Answer": 8.0} for i in range(3)]
-    )
+    rows = [{"Body": f"Case {i}.", "Question": "How many?", "Answer": 8.0} for i in range(3)]
+    path = jsonl(tmp_path / "svamp.jsonl", rows)
     loaded = load_problems(
         config(source="jsonl", train=path, question_field="Body, Question", answer_field="Answer", heldout_size=1)
     )
@@ -70,7 +69,7 @@ def test_a_training_problem_that_is_held_out_is_not_trained(tmp_path):
         (
             [{"q": "1", "answer": "1"}],
             {},
-            r"d\.jsonl:1: no column 'question' \(data\.question_field\); columns: q, answer",
+            r":1: no column 'question' \(data\.question_field\); columns: q, answer",
         ),
         ([], {}, "the data set is empty"),
         ([{"question": "1", "answer": "x"}], {"answer_pattern": "#(.)"}, r"answer_pattern '#\(\.\)' finds nothing"),

@@ -75,8 +75,8 @@ def test_feedback_says_what_happened(tokenizer, verdict, words):
 
 def test_paper_strings_are_the_references_to_the_letter(tokenizer):
     assert tokenizer.decode(prompt_ids(tokenizer, PAPER, "1+1", max_attempts=1)) == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 1 attempts "
-        "to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 1 "
+        "attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
         "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
     )
     feedback = feedback_ids(tokenizer, PAPER, Verdict.NO_ANSWER, attempts_left=3, turn_closed=False)
