@@ -35,8 +35,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Text -> ids."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> str:
-        """Turns -> text."""
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Turns -> text, when called with `tokenize=False`."""
 
 
 def plural(attempts: int) -> str:
@@ -136,4 +136,5 @@ def _turn(role: str, message: str, attempts: int) -> dict[str, str]:
 def _render(tokenizer: Tokenizer, turns: Sequence[dict[str, str]], *, opened: bool) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError('dialogue.template: "chat" needs a tokenizer with a chat template; set template = "paper"')
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened)
+    text: str = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened)
+    return text
