@@ -5,6 +5,7 @@ one line on standard error and exit code 2.
 """
 
 import argparse
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,15 @@ def _serve(section: GraderSection, listener: socket.socket) -> int:
             create_app(section), log_config=None, access_log=False, loop="asyncio", timeout_graceful_shutdown=GRACE_S
         )
     )
+
+    def stop(_signal: int, _frame: object) -> None:
+        server.should_exit = True
+
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # uvicorn raises a caught signal anew at its end: exit code 0, not -15
+        signal.signal(number, stop)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 

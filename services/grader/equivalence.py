@@ -15,6 +15,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
 
 from services.contracts.wire import Verdict
 from services.grader import normalise as text_of
@@ -45,7 +46,7 @@ _EXACT_ONLY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}:[0-9]{2}(?::[0-
 _TRIGONOMETRIC_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))(\^2)?\s*[({]?([0-9]{1,9}(?:\.[0-9]{1,9})?)\^\\circ[)}]?"
 )
-_SCALE = 10**-6  # a decimal for a value that has no finite one is right from six correct places on
+_SIX_PLACES = 10**-6  # a decimal for a value that has no finite one is right from six correct places on
 
 
 class Method(StrEnum):
@@ -235,7 +236,8 @@ class _Comparer:
         if answer_parsed is None:
             return False, Method.SYMBOLIC
         try:
-            constants = _constants_equal(gold_parsed, answer_parsed, text_of.number(answer) or text_of.number(gold))
+            written = text_of.number(answer) or text_of.number(gold)
+            constants = timeout(self._alarm_s)(_constants_equal)(gold_parsed, answer_parsed, written)
             if constants is not None:
                 return constants, Method.SYMBOLIC
             same = verify(
@@ -379,7 +381,7 @@ def _constants_equal(
         return None
     difference = abs(left - right)
     if written is not None and written.decimals >= 6 and abs(right) >= 10**-4:
-        return bool(difference < _SCALE)
+        return bool(difference < _SIX_PLACES)
     if left == 0 or right == 0:
         return bool((gold - answer).equals(0))
     inexact = gold.has(sympy.Float) or answer.has(sympy.Float)

@@ -1,0 +1,221 @@
+"""The grader as a real process, over HTTP: verdicts, protocols, hostile input, dying workers, start-up errors."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.contracts.config import GraderSection, RunConfig, to_toml_dict
+
+pytestmark = pytest.mark.integration
+
+TIMEOUT_S = 2.0
+SLOW = r"\frac{" * 40 + "1" + "}{2}" * 40  # passes the guards; evalf doubles its work at each level
+
+
+@dataclass(frozen=True)
+class Grader:
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+
+    def grade(self, answer: str, gold: str | list[str], **more: object) -> dict[str, object]:
+        reply = self.client.post("/v1/grade", json={"response": rf"\boxed{{{answer}}}", "gold": gold, **more})
+        assert reply.status_code == 200, reply.text
+        return dict(reply.json())
+
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if "worker_process" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def is_complete(self) -> bool:
+        """Whether it answers and both its workers are warm."""
+        try:
+            return self.metric("multiattempt_grader_workers_ready") == 2
+        except httpx.ConnectError:
+            return False
+
+    def metric(self, name: str) -> float:
+        lines = self.client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(happened: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def grader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grader]:
+    section = GraderSection(port=free_port(), workers=2, timeout_s=TIMEOUT_S, queue_size=64)
+    path = tmp_path_factory.mktemp("run") / "config.json"
+    path.write_text(json.dumps(to_toml_dict(RunConfig(grader=section))))
+    log = path.with_name("grader.log").open("wb")
+    process = subprocess.Popen([sys.executable, "-m", "services.grader", "--config", str(path)], stderr=log)
+    with log, httpx.Client(base_url=f"http://127.0.0.1:{section.port}", timeout=20) as client:
+        grader = Grader(process, client)
+        try:
+            until(grader.is_complete)
+            yield grader
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
+            process.wait(15)
+
+
+def test_verdicts_come_with_their_layer_and_the_answer_found(grader: Grader) -> None:
+    right = grader.grade(r"\frac{1}{4}", "0.25", id="a")
+    assert right | {"elapsed_ms": 0} == {
+        "id": "a", "correct": True, "verdict": "correct", "extracted": r"\frac{1}{4}", "method": "numeric",
+        "elapsed_ms": 0, "cached": False,
+    }  # fmt: skip
+    assert grader.grade(r"\frac{1}{4}", "0.25")["cached"] is True
+    assert grader.grade("700", "7")["verdict"] == "incorrect"
+    assert grader.grade("", "7")["verdict"] == "no_answer"
+    assert grader.grade("7", "$$")["verdict"] == "unparsable_gold"
+    assert grader.grade("y+x", ["z", "x+y"])["method"] == "symbolic"
+
+
+def test_a_batch_keeps_its_order_and_a_hostile_item_costs_no_other_its_verdict(grader: Grader) -> None:
+    items = [{"response": rf"\boxed{{{n}+a}}", "gold": f"a+{n % 3}", "id": str(n)} for n in range(12)]
+    items[3] |= {"response": rf"\boxed{{{SLOW}}}", "gold": "5"}
+    started = time.monotonic()
+    results = grader.client.post("/v1/grade/batch", json={"items": items}).json()["results"]
+    assert time.monotonic() - started < TIMEOUT_S + 1.5
+    assert [result["id"] for result in results] == [str(n) for n in range(12)]
+    assert [result["verdict"] for result in results] == [
+        "timeout" if n == 3 else "correct" if n < 3 else "incorrect" for n in range(12)
+    ]
+
+
+async def test_a_stopped_worker_is_killed_at_the_deadline_while_the_other_goes_on(grader: Grader) -> None:
+    stopped = grader.worker_pids()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    async with httpx.AsyncClient(base_url=grader.client.base_url, timeout=20) as client:
+
+        async def timed(n: int) -> tuple[str, float]:
+            started = time.monotonic()
+            reply = await client.post("/v1/grade", json={"response": rf"\boxed{{{n}}}", "gold": f"{n}.0"})
+            return reply.json()["verdict"], time.monotonic() - started
+
+        outcomes = await asyncio.gather(*(timed(n) for n in range(100, 130)))
+    late = [outcome for outcome in outcomes if outcome[0] == "timeout"]
+    assert len(late) == 1 and TIMEOUT_S <= late[0][1] < TIMEOUT_S + 1
+    assert all(verdict == "correct" and seconds < 1 for verdict, seconds in set(outcomes) - set(late))
+    assert grader.metric('multiattempt_grader_worker_failures_total{cause="deadline"}') >= 1
+    until(lambda: len(grader.worker_pids()) == 2 and stopped not in grader.worker_pids())
+
+
+def test_a_killed_worker_is_replaced_and_no_verdict_is_lost(grader: Grader) -> None:
+    until(grader.is_complete)
+    killed = grader.worker_pids()
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    assert [grader.grade(f"{n}", f"{n}.0")["verdict"] for n in range(200, 206)] == ["correct"] * 6
+    until(lambda: len(grader.worker_pids()) == 2 and not set(killed) & set(grader.worker_pids()))
+    assert grader.metric('multiattempt_grader_worker_failures_total{cause="crash"}') >= 2
+
+
+def test_more_items_than_the_queue_holds_are_refused_for_now(grader: Grader) -> None:
+    items = [{"response": rf"\boxed{{{n}}}", "gold": f"{n}.0"} for n in range(300, 365)]
+    reply = grader.client.post("/v1/grade/batch", json={"items": items})
+    assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+    assert reply.headers["content-type"] == "application/problem+json"
+
+
+def test_openrlhf_gets_a_reward_per_query_without_its_prompt(grader: Grader) -> None:
+    prompt = r"Put it in \boxed{9}."
+    body = {"query": [f"<s>{prompt} So \\boxed{{4}}</s>", f"{prompt} no idea"], "prompts": [prompt] * 2}
+    reply = grader.client.post("/get_reward", json=body | {"labels": ["4", "9"]}).json()
+    assert reply["rewards"] == reply["scores"] == [1.0, 0.0]
+    assert all(len(values) == 2 for values in reply["extra_logs"].values())
+    empty = grader.client.post("/get_reward", json={"query": [], "prompts": [], "labels": []}).json()
+    assert empty["rewards"] == []
+
+
+@pytest.mark.parametrize(
+    ("label", "score"), [("4", 1.0), (4, 1.0), (["5", 4.0], 1.0), ("5", 0.0), (None, 0.0), ("", 0.0)]
+)
+def test_slime_gets_the_score_of_one_sample(grader: Grader, label: object, score: float) -> None:
+    body = {"prompt": [{"role": "user", "content": "2+2?"}], "response": r"\boxed{4}", "label": label}
+    assert grader.client.post("/get_reward", json=body).json()["score"] == score
+    assert grader.client.post("/get_reward?bare=true", json=body).json() == score
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"response": 5, "gold": "5"}', 422),
+        (b'{"response": "5"}', 422),
+        (b'{"response": "5", "gold": "5", "golden": 1}', 422),
+        (b'{"response": "5", "gold": []}', 422),
+        (b'{"response": "5", "gold": "5", "\\ud800": 1}', 422),
+        (b'{"resp', 422),
+        (b'{"response": "\xff", "gold": "5"}', 400),
+        (b"[" * 100_000, 400),
+        (b" " * (33 * 2**20), 413),
+    ],
+    ids=["type", "missing", "unknown key", "no gold", "surrogate key", "cut off", "not UTF-8", "nested", "too large"],
+)
+def test_malformed_requests_are_problems(grader: Grader, body: bytes, status: int) -> None:
+    reply = grader.client.post("/v1/grade", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert reply.json()["status"] == status and reply.json()["detail"]
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "\\u0000", "\\u202e", "\\u00b2", "\\ud83d\\ude00"])
+def test_odd_characters_are_graded_like_any_other(grader: Grader, text: str) -> None:
+    body = f'{{"response": "{text} \\\\boxed{{7{text}x}}", "gold": ["6", "{text}"], "id": "{text}"}}'
+    reply = grader.client.post("/v1/grade", content=body.encode(), headers={"content-type": "application/json"})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["verdict"] == "incorrect"
+
+
+def test_health_metrics_and_documentation_are_there(grader: Grader) -> None:
+    assert grader.client.get("/readyz").status_code == 200
+    assert "multiattempt_grader_items_total" in grader.client.get("/metrics").text
+    assert "/v1/grade/batch" in grader.client.get("/openapi.json").json()["paths"]
+    assert grader.client.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--port", "{taken}"], "grader.port"),
+        (["--workers", "0"], "grader.workers"),
+        (["--config", "/nowhere/config.json"], "/nowhere/config.json"),
+        (["--port", "0", "--host", "203.0.113.7"], "203.0.113.7"),
+    ],
+)
+def test_a_configuration_error_is_one_line_and_exit_code_2(grader: Grader, flags: list[str], says: str) -> None:
+    flags = [flag.format(taken=grader.client.base_url.port) for flag in flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "services.grader", *flags], capture_output=True, timeout=20, check=False
+    )
+    assert done.returncode == 2
+    assert says in done.stderr.decode() and done.stderr.count(b"\n") == 1
+
+
+def test_the_grader_loads_no_training_library() -> None:
+    code = "import sys, services.grader.app, services.grader.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=True)
+    assert not {"torch", "vllm", "deepspeed", "transformers", "redis", "httpx"} & set(done.stdout.decode().split())
