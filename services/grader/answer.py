@@ -6,10 +6,14 @@ What an answer means is `equivalence`'s business.
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 
 MAX_TAIL_CHARS = 65_536  # of a response only this much of its end is read
 MAX_ANSWER_CHARS = 8_192  # a longer answer is not an answer
+MAX_LINE_CHARS = 2_000  # of the line that states an answer without a box
+MAX_WRAPPERS = 8  # layers of `$` and boxes around an answer
+MAX_JOINER_CHARS = 40  # of ", and " between two boxes that are one answer
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{?|\\.|[{}]", re.DOTALL)
 _JOINER = re.compile(r"[\s$]*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\}|[\s,])*[\s$]*")
@@ -43,10 +47,9 @@ def extract(response: str, *, mode: Extraction = Extraction.BOXED) -> str | None
 
 
 def unwrap(text: str) -> str:
-    r"""Strip what may stand around a whole answer: spaces, `$..$`, `\(..\)`, `\[..\]`, `\boxed{..}`."""
-    before = None
+    r"""Strip what may stand around a whole answer, some layers deep: space, `$..$`, `\(..\)`, `\[..\]`, `\boxed{}`."""
     text = text.strip()
-    while text != before:
+    for _ in range(MAX_WRAPPERS):
         before = text
         for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(opening) : -len(closing)]
@@ -54,9 +57,11 @@ def unwrap(text: str) -> str:
                 if opening not in inner:
                     text = inner.strip()
                 break
-        boxes = list(_boxes(text)) if text.startswith(("\\boxed", "\\fbox")) else []
-        if boxes and boxes[-1][0] == 0 and boxes[-1][1] == len(text):
-            text = boxes[-1][2].strip()
+        if text.startswith(("\\boxed", "\\fbox")):
+            whole = [box for box in _boxes(text) if box.start == 0 and box.end == len(text)]
+            text = text[whole[0].content : -1].strip() if whole else text
+        if text == before:
+            break
     return text
 
 
@@ -65,36 +70,53 @@ def is_blank(text: str) -> bool:
     return _BLANK.fullmatch(text) is not None
 
 
-def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, content) of every closed box, by where it closes; an escaped brace is no brace."""
-    stack: list[tuple[int, int] | None] = []  # (start of the box, start of its content); None: a plain brace
+@dataclass(slots=True)
+class _Box:
+    start: int  # of \boxed; -1 for a plain brace
+    content: int  # where its content starts
+    end: int = -1  # just after the closing brace
+    is_filled: bool = False  # holds more than space and braces
+
+
+def _boxes(text: str) -> Iterator[_Box]:
+    """Yield every closed box, by where it closes; an escaped brace is no brace. One pass: nesting costs nothing."""
+    stack = [_Box(-1, 0)]
+    position = 0
     for token in _TOKEN.finditer(text):
         word = token.group()
+        if _BLANK.fullmatch(text, position, token.start()) is None:
+            stack[-1].is_filled = True
+        position = token.end()
         if word == "}":
-            opened = stack.pop() if stack else None
-            if opened is not None:
-                yield opened[0], token.end(), text[opened[1] : token.start()]
+            if len(stack) > 1:
+                box = stack.pop()
+                stack[-1].is_filled |= box.is_filled
+                box.end = token.end()
+                if box.start >= 0:
+                    yield box
         elif word == "{":
-            stack.append(None)
+            stack.append(_Box(-1, token.end()))
         elif word.endswith("{") and word != r"\{":
-            stack.append((token.start(), token.end()))
+            stack.append(_Box(token.start(), token.end()))
+        elif not word.startswith((r"\boxed", r"\fbox")) and not is_blank(word):
+            stack[-1].is_filled = True
 
 
 def _last_box(text: str) -> str | None:
-    boxes = [box for box in _boxes(text) if not is_blank(re.sub(r"\\(?:boxed|fbox)", "", box[2]))]
+    boxes = [box for box in _boxes(text) if box.is_filled]
     if not boxes:
         return None
-    start, _, content = boxes[-1]
-    parts = [unwrap(content)]
-    for earlier_start, earlier_end, earlier in reversed(boxes[:-1]):
-        if earlier_start >= start:
+    start = boxes[-1].start
+    parts = [text[boxes[-1].content : boxes[-1].end - 1]]
+    for box in reversed(boxes[:-1]):
+        if box.start >= start:
             continue  # nested in the one already taken
-        between = text[earlier_end:start]
-        if earlier_end > start or len(between) > 40 or not between.strip() or _JOINER.fullmatch(between) is None:
+        between = text[box.end : start]
+        if len(between) > MAX_JOINER_CHARS or not between.strip() or _JOINER.fullmatch(between) is None:
             break
-        parts.append(unwrap(earlier))
-        start = earlier_start
-    return ",".join(reversed(parts))
+        parts.append(text[box.content : box.end - 1])
+        start = box.start
+    return ",".join(unwrap(part) for part in reversed(parts))
 
 
 def _stated(text: str) -> str | None:
@@ -103,9 +125,9 @@ def _stated(text: str) -> str | None:
         return str(unbraced[-1]).strip(" .,;:*") or None
     anchors = [match.end() for match in _ANCHOR.finditer(text)]
     if anchors:
-        line = text[anchors[-1] :].lstrip("\n").partition("\n")[0]
+        line = text[anchors[-1] :].lstrip("\n").partition("\n")[0][:MAX_LINE_CHARS]
         return _expression(line, prose_allowed=True)
-    line = text.rstrip().rpartition("\n")[2]
+    line = text.rstrip().rpartition("\n")[2][-MAX_LINE_CHARS:]
     return _expression(line, prose_allowed=False)
 
 

@@ -61,6 +61,7 @@ _NUMBER = re.compile(
 )
 _UNIT_TEXT = re.compile(_TEXT + r"(?:\s*\^\s*\{?([0-9])\}?)?\s*$")
 _UNIT_WORD = re.compile(r"(?<=[0-9}])\s*([A-Za-z]{2,12}(?: [A-Za-z]{2,12})?)(?:\^([0-9]))?$")
+_UNIT_IN_BRACKETS = re.compile(r"(?<=[0-9}])\(([A-Za-z]{3,20}(?: [A-Za-z]{1,20}){0,4})\)()$")
 _SYNONYMS = {
     "in": "inch", "inches": "inch", "feet": "foot", "ft": "foot", "hrs": "hour", "hr": "hour", "min": "minute",
     "mins": "minute", "sec": "second", "secs": "second", "centimeter": "cm", "centimeters": "cm", "meter": "m",
@@ -144,7 +145,7 @@ def split_unit(text: str) -> tuple[str, str]:
             return text.replace(sign, "", 1), currency
     if text.endswith(r"^\circ"):
         return text.removesuffix(r"^\circ"), "degree"
-    match = _UNIT_TEXT.search(text)
+    match = _UNIT_TEXT.search(text) or _UNIT_IN_BRACKETS.search(text)
     if match is None:
         match = _UNIT_WORD.search(text)
         if match is not None and match.group(1).split()[0].lower() not in _UNITS:

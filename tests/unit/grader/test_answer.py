@@ -90,5 +90,13 @@ def test_extraction_of_repeated_fragments_takes_linear_time(unit: str) -> None:
     assert time.perf_counter() - started < 1.0
 
 
+@pytest.mark.parametrize("middle", ["5", ""])
+def test_deeply_nested_boxes_take_linear_time(middle: str) -> None:
+    started = time.perf_counter()
+    extract(r"\boxed{" * 7_000 + middle + "}" * 7_000, mode=Extraction.AUTO)
+    unwrap(r"\boxed{" * 7_000 + middle + "}" * 7_000)
+    assert time.perf_counter() - started < 1.0
+
+
 def test_an_overlong_answer_is_none() -> None:
     assert extract(r"\boxed{" + "9" * 20_000 + "}") is None
