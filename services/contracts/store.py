@@ -30,6 +30,9 @@ class PatientRetry(Retry):
 
     redis-py counts attempts, and nests one such loop (connecting) inside another (sending): N becomes N^2. A clock
     bounds both. A command may therefore run twice when its reply was lost, so all of ours are safe to repeat.
+
+    It also mends lost cancellations: redis-py sends under `asyncio.wait_for`, which in Python 3.11 forgets a
+    cancellation that arrives in the moment the sending ends. A service would then never stop.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -45,10 +48,14 @@ class PatientRetry(Retry):
     ) -> _T:
         """Await `do()`; on a lost connection or a timeout call `fail` (which disconnects) and try again."""
         deadline = time.monotonic() + self._patience_s
+        cancellations = _cancellations()
         failures = 0
         while True:
             try:
-                return await do()
+                result = await do()
+                if _cancellations() > cancellations:
+                    raise asyncio.CancelledError
+                return result
             except self._supported_errors as error:
                 if is_retryable and not is_retryable(error):
                     raise
@@ -58,6 +65,8 @@ class PatientRetry(Retry):
                 failures += 1
                 await (fail(error, failures) if with_failure_count else fail(error))
                 pause_s = self._backoff.compute(failures)
+                if _cancellations() > cancellations:
+                    raise asyncio.CancelledError from error
                 if time.monotonic() + pause_s > deadline:
                     raise
                 await asyncio.sleep(pause_s)
@@ -81,6 +90,12 @@ async def connect(url: str, *, patience_s: float = PATIENCE_S, start_patience_s:
     finally:
         await client.aclose()
     return _client(url, patience_s)
+
+
+def _cancellations() -> int:
+    """How often the running task was asked to stop."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 def _client(url: str, patience_s: float) -> Redis:

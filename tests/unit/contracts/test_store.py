@@ -1,0 +1,100 @@
+"""Connecting and waiting: with a scripted command in place of a server."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError
+
+from services.contracts.config import ConfigError
+from services.contracts.store import PatientRetry, connect
+
+
+async def _nothing(_: Exception) -> None:
+    pass
+
+
+async def test_a_lost_connection_is_tried_again_until_it_works() -> None:
+    errors = [ConnectionError("gone"), BusyLoadingError("reading its file")]
+
+    async def command() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    assert await PatientRetry(5.0).call_with_retry(command, _nothing) == "answer"
+
+
+async def test_patience_is_bounded_by_the_clock_even_when_retries_are_nested() -> None:
+    async def command() -> str:
+        raise ConnectionError("gone")
+
+    async def connecting() -> str:
+        return await PatientRetry(0.3).call_with_retry(command, _nothing)
+
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="gone"):
+        await PatientRetry(0.3).call_with_retry(connecting, _nothing)
+    assert time.monotonic() - began < 1.0
+
+
+async def test_a_wrong_password_is_not_tried_again() -> None:
+    tries = []
+
+    async def command() -> str:
+        tries.append(1)
+        raise AuthenticationError("wrong password")
+
+    with pytest.raises(AuthenticationError):
+        await PatientRetry(5.0).call_with_retry(command, _nothing)
+    assert len(tries) == 1
+
+
+async def test_a_cancellation_that_the_client_forgets_still_cancels() -> None:
+    async def forgetful() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(5)
+        return "answer"
+
+    task = asyncio.create_task(PatientRetry(5.0).call_with_retry(forgetful, _nothing))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cleaning_up_after_a_cancellation_may_use_the_client() -> None:
+    cleaned = []
+
+    async def command() -> str:
+        await asyncio.sleep(0)
+        return "released"
+
+    async def service() -> None:
+        try:
+            await asyncio.sleep(5)
+        finally:
+            cleaned.append(await PatientRetry(5.0).call_with_retry(command, _nothing))
+
+    task = asyncio.create_task(service())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned == ["released"]
+
+
+async def test_no_server_is_one_line_that_names_the_url_and_hides_the_password() -> None:
+    with pytest.raises(ConfigError) as caught:
+        await connect("redis://user:secret@127.0.0.1:1/0", start_patience_s=0)
+    message = str(caught.value)
+    assert message.startswith("no Redis at redis://user:***@127.0.0.1:1/0: ")
+    assert "secret" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("url", ["", "localhost:6379", "http://localhost", "redis://localhost:port"])
+async def test_a_malformed_url_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        await connect(url)
