@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "MULTIATTEMPT_"
@@ -30,7 +30,17 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """`steps = true` is a mistake; pydantic would read it as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a truth value where another type is wanted")
+        return value
 
 
 class RunSection(_Section):
@@ -135,7 +145,7 @@ class DialogueSection(_Section):
         for name in ("system_prompt", "feedback_wrong", "feedback_no_answer", "feedback_timeout"):
             try:
                 getattr(self, name).format(n=1, attempts="1 attempt")
-            except (KeyError, IndexError, ValueError) as error:
+            except (LookupError, AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{name} may use {{n}} and {{attempts}} only, other braces doubled ({error!r})"
                 ) from error
@@ -149,7 +159,7 @@ class SamplingSection(_Section):
     """Softmax temperature; behaviour log-probabilities are those after it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus; below 1 the behaviour policy is truncated."""
-    top_k: int = -1
+    top_k: Annotated[int, Field(ge=-1)] = -1
     """-1: all."""
 
 
@@ -204,7 +214,7 @@ class RolloutSection(_Section):
     """Sequences the engine decodes together."""
     kv_cache_mb: Positive = 256
     """KV cache, CPU engine."""
-    gpu_memory_utilization: Fraction = 0.85
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of the GPU that vLLM takes, CUDA engine."""
     tensor_parallel_size: Positive = 1
     """GPUs per replica."""
@@ -316,7 +326,7 @@ class EvaluationSection(_Section):
     """false: train only."""
     problems: Positive = 256
     """Held-out problems used."""
-    attempts: tuple[Positive, ...] = (1, 2, 3, 4, 5)
+    attempts: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 3, 4, 5)
     """Values of N that are measured."""
     temperature: NonNegativeFloat = 1.0
     """0: greedy."""
@@ -369,13 +379,15 @@ def load(path: Path | None, overrides: Sequence[str] = (), env: Mapping[str, str
     """
     values: dict[str, dict[str, Any]] = _read_toml(path) if path else {}
     _check_keys(values, where=str(path))
+    sources: dict[tuple[str, ...], str] = {}
     for source, section, key, value in [*_from_env(os.environ if env is None else env), *_from_flags(overrides)]:
         _check_keys({section: {key: value}}, where=source)
         values.setdefault(section, {})[key] = _parse_text(section, key, value)
+        sources[section, key] = source
     try:
         return RunConfig(**values)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise ConfigError(_first_line(error, path)) from error
+        raise ConfigError(_first_line(error, path, sources)) from error
 
 
 def to_toml_dict(config: RunConfig) -> dict[str, Any]:
@@ -390,6 +402,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         found = sorted(str(p) for p in Path("configs").glob("*.toml"))
         hint = f"; configs here: {', '.join(found)}" if found else ""
         raise ConfigError(f"{path}: no such configuration file{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
@@ -399,6 +413,8 @@ def _from_env(env: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
     for name, value in sorted(env.items()):
         if name.startswith(ENV_PREFIX):
             section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+            if not key:
+                raise ConfigError(f"environment variable {name}: expected {ENV_PREFIX}SECTION__KEY")
             found.append((f"environment variable {name}", section, key, value))
     return found
 
@@ -412,7 +428,7 @@ def _from_flags(flags: Sequence[str]) -> list[tuple[str, str, str, str]]:
         if not name.startswith("--") or "." not in name:
             raise ConfigError(f"{flag}: expected --section.key value, for example --learner.lr 1e-4")
         if not equals:
-            if not queue:
+            if not queue or queue[0].startswith("--"):  # a text that begins so is given as --section.key=--text
                 raise ConfigError(f"{name}: a value is missing")
             value = queue.pop(0)
         section, _, key = name.removeprefix("--").replace("-", "_").partition(".")
@@ -424,14 +440,14 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     for section, keys in values.items():
         field = RunConfig.model_fields.get(section)
         if field is None:
-            raise ConfigError(f"{where}: unknown section [{section}]{_nearest(section, RunConfig.model_fields)}")
+            hint = _elsewhere(section) or _nearest(section, RunConfig.model_fields)
+            raise ConfigError(f"{where}: unknown section [{section}]{hint}")
         if not isinstance(keys, Mapping):
             raise ConfigError(f"{where}: {section} is a section, write its keys under [{section}]")
         known = _section_type(section).model_fields
         for key in keys:
             if key not in known:
-                elsewhere = [f"{s}.{key}" for s in RunConfig.model_fields if key in _section_type(s).model_fields]
-                hint = f", did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, known, prefix=f"{section}.")
+                hint = _elsewhere(key) or _nearest(key, known, prefix=f"{section}.")
                 raise ConfigError(f"{where}: unknown key {section}.{key}{hint}")
 
 
@@ -441,6 +457,12 @@ def _section_type(section: str) -> type[BaseModel]:
     return annotation
 
 
+def _elsewhere(key: str) -> str:
+    """A hint when the key exists, in another section."""
+    homes = [section for section in RunConfig.model_fields if key in _section_type(section).model_fields]
+    return f", did you mean {homes[0]}.{key}?" if homes else ""
+
+
 def _nearest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
@@ -448,7 +470,7 @@ def _nearest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
 
 def _parse_text(section: str, key: str, text: str) -> Any:
     """Text from a flag or the environment as a TOML value where it is one (numbers, booleans, lists), else as is."""
-    if _section_type(section).model_fields[key].annotation is str:
+    if _section_type(section).model_fields[key].annotation in (str, Path):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -456,22 +478,30 @@ def _parse_text(section: str, key: str, text: str) -> Any:
         return text
 
 
-def _first_line(error: ValidationError, path: Path | None) -> str:
+def _first_line(error: ValidationError, path: Path | None, sources: Mapping[tuple[str, ...], str] | None = None) -> str:
+    """The first mistake: where it was written (`sources` by section and key, else the file), what and what it was."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    parts = tuple(str(part) for part in first["loc"])
+    written = (sources or {}).get(parts[:2]) or path or "configuration"
     given = "" if isinstance(first["input"], dict | BaseModel) else f", got {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path or 'configuration'}: {where}: {message}{given}"
+    return f"{written}: {'.'.join(parts)}: {message}{given}"
 
 
 def load_resolved(path: Path) -> RunConfig:
     """Read the resolved configuration that the launcher wrote for its services (JSON). Raises ConfigError."""
     try:
-        return RunConfig(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; services read the config.json that the launcher writes") from error
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise ConfigError(f"{path}: not a resolved configuration: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a resolved configuration, but a {type(values).__name__}")
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error, path)) from error
 
 
 def model_path(config: RunConfig) -> Path:
