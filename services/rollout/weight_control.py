@@ -56,12 +56,12 @@ class WeightControl:
             await self._forget()
             self._generation, self._timeout_s = join.generation, join.timeout_s
             request = WeightTransferInitRequest(init_info={"join": join.model_dump()})
-            deadline_s = join.timeout_s + RENDEZVOUS_GRACE_S
+            deadline_s = join.rendezvous_s + RENDEZVOUS_GRACE_S
             await self._step("join", self._engine.async_llm.init_weight_transfer_engine(request), deadline_s)
         return {"generation": self._generation}
 
     async def prepare(self, prepare: Prepare) -> dict[str, Any]:
-        """Receive a version while generation goes on; answers when it is staged and intact. 502 if it did not arrive."""
+        """Receive a version while generation goes on; answers when it is staged and intact, 502 if it is not."""
         self._check(prepare.generation)
         async with self._lock:
             llm = self._engine.async_llm
@@ -80,30 +80,30 @@ class WeightControl:
             raise HTTPException(409, f"version {commit.version} is not staged here")
         async with self._lock:
             llm, started = self._engine.async_llm, time.monotonic()
-            # The cache goes: keys and values of the old weights would answer for the new ones.
-            pause = llm.pause_generation(mode=commit.mode, clear_cache=True)
-            await self._step("pause", pause, PAUSE_TIMEOUT_S)
-            paused = time.monotonic()
             try:
-                await asyncio.wait_for(llm.finish_weight_update(str(commit.version)), RPC_TIMEOUT_S + self._timeout_s)
-                self._engine.version, self._prepared = commit.version, -1
-            except Exception as error:
-                self._engine.broken = f"the swap to version {commit.version} failed half-way: {error!r}"
-                raise HTTPException(500, self._engine.broken) from error
+                # The cache goes: keys and values of the old weights would answer for the new ones.
+                pause = llm.pause_generation(mode=commit.mode, clear_cache=True)
+                await self._step("pause", pause, PAUSE_TIMEOUT_S)
+                paused = time.monotonic()
+                await self._swap(commit.version)
             finally:
                 await llm.resume_generation()
         now = time.monotonic()
-        return {
-            "version": commit.version,
-            "pause_s": paused - started,
-            "swap_s": now - paused,
-            "stall_s": now - started,
-        }
+        return {"version": commit.version, "pause_s": paused - started, "swap_s": now - paused}
 
     async def abort(self, abort: Abort) -> dict[str, Any]:
         """Leave the group; the weights in use stay."""
         await self._forget()
         return {"version": self._engine.version}
+
+    async def _swap(self, version: int) -> None:
+        call = self._engine.async_llm.finish_weight_update(str(version))
+        try:
+            await asyncio.wait_for(call, RPC_TIMEOUT_S + self._timeout_s)
+        except Exception as error:
+            self._engine.broken = f"the swap to version {version} failed half-way: {error!r}"
+            raise HTTPException(500, self._engine.broken) from error
+        self._engine.version, self._prepared = version, -1
 
     def _check(self, generation: int) -> None:
         if generation != self._generation:

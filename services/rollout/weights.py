@@ -50,19 +50,19 @@ class StagingBuffer:
     """Receives one version of the weights; nothing of the model is touched. Kept between versions: no page faults."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
 
     def receive(self, communicator: Communicator, plan: Plan) -> list[tuple[str, torch.Tensor]]:
         """All tensors of `plan`, as views into the buffer. Raises TransferError, digest mismatch included."""
         if self._arena.numel() < plan.num_bytes:
-            self._arena = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self._device)
+            self._arena = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self.device)
         found = []
         for start, end in plan.buckets():
             bucket = self._arena[start:end]
             communicator.broadcast(bucket)
             found.append(digest(bucket))
-        sent = torch.empty(len(found), dtype=torch.int64, device=self._device)
+        sent = torch.empty(len(found), dtype=torch.int64, device=self.device)
         communicator.broadcast(sent)
         if sent.tolist() != found:
             raise TransferError("digest mismatch: the bytes received are not the bytes sent")
@@ -117,7 +117,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._communicator: Communicator | None = None
-        self._staging = StagingBuffer(device)
+        self._staging = StagingBuffer(device)  # device memory under NCCL: one more copy of the weights
         self._reception: Reception | None = None
         self._load_s = 0.0
 
@@ -126,6 +126,9 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
         self.shutdown()
         join = Join(**init_info.join)
         worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
+        staging_device = torch.device("cpu") if join.transport == "gloo" else self.device
+        if self._staging.device != staging_device:
+            self._staging = StagingBuffer(staging_device)
         self._communicator = join_group(join.model_copy(update={"rank": join.rank + worker}), device=self.device)
 
     def start_weight_update(self) -> None:
@@ -175,7 +178,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
             self._communicator.close()
             self._communicator = None
         if self._reception is not None and self._reception.is_running:
-            self._staging = StagingBuffer(self.device)  # the abandoned thread may still write into the old one
+            self._staging = StagingBuffer(self._staging.device)  # the abandoned thread may still write into the old one
         self._reception = None
 
     def _repack_tied_heads(self) -> None:

@@ -37,9 +37,8 @@ class GlooCommunicator:
     """A gloo group of its own, apart from torch's global one."""
 
     def __init__(self, store: TCPStore, *, join: Join) -> None:
-        timeout = timedelta(seconds=join.timeout_s)
         options = ProcessGroupGloo._Options()
-        options._timeout = timeout
+        options._timeout = timedelta(seconds=join.rendezvous_s)
         if _is_loopback(join.host):
             options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         else:
@@ -47,7 +46,7 @@ class GlooCommunicator:
         self._options = BroadcastOptions()
         self._options.rootRank = SENDER
         self._options.rootTensor = 0
-        self._options.timeout = timeout
+        self._options.timeout = timedelta(seconds=join.timeout_s)
         self._store = store  # kept: the group uses it as long as it lives
         try:
             self._group: ProcessGroupGloo | None = ProcessGroupGloo(
@@ -129,7 +128,7 @@ def join_group(join: Join, *, device: torch.device, store: TCPStore | None = Non
     """
     if store is None:
         try:
-            store = TCPStore(join.host, join.port, is_master=False, timeout=timedelta(seconds=join.timeout_s))
+            store = TCPStore(join.host, join.port, is_master=False, timeout=timedelta(seconds=join.rendezvous_s))
         except RuntimeError as error:
             raise TransferError(f"no sender at {join.host}:{join.port}: {error}") from error
     if join.transport == "nccl":
@@ -156,10 +155,10 @@ def _await_all(store: TCPStore, join: Join) -> None:
     """Meet in the store first: ncclCommInitRank has no deadline, so nobody may enter it before all are here."""
     key = f"arrived-{join.generation}"
     store.add(key, 1)
-    deadline = time.monotonic() + join.timeout_s
+    deadline = time.monotonic() + join.rendezvous_s
     while store.add(key, 0) < join.world_size:
         if time.monotonic() > deadline:
-            raise TransferError(f"group {join.generation} did not form within {join.timeout_s:g} s")
+            raise TransferError(f"group {join.generation} did not form within {join.rendezvous_s:g} s")
         time.sleep(0.01)
 
 

@@ -23,7 +23,8 @@ class Join(_Message):
     world_size: int
     transport: str  # "gloo" or "nccl"
     nccl_id: str | None = None  # base64 of the NCCL unique id, for "nccl"
-    timeout_s: float  # of the rendezvous and of each broadcast
+    rendezvous_s: float  # deadline for all members to arrive
+    timeout_s: float  # deadline of each broadcast
 
 
 class Prepare(_Message):
