@@ -1,0 +1,137 @@
+"""Start the learner: `python -m services.learner --config RUN/config.json [--resume]`, once per rank.
+
+Several ranks find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Exit codes: 0 all steps
+are done; 2 a configuration error, one line on standard error; 143 stopped by SIGTERM or SIGINT after saving what was
+done, to be continued with --resume; 1 anything else (restart with --resume). Torch is loaded after all checks.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
+from services.contracts.telemetry import configure_logging
+from services.learner.checkpoint import Checkpoints
+
+EXIT_CONFIG = 2
+EXIT_STOPPED = 143
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train until the last step. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m services.learner", description="PPO with DeepSpeed.")
+    parser.add_argument("--config", type=Path, required=True, help="resolved configuration of a run (config.json)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_resolved(arguments.config)
+        _check(config, resume=arguments.resume)
+        configure_logging("learner", run=config.run.name)
+        _set_environment(config)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return _follow(config, resume=arguments.resume)
+        return asyncio.run(_lead(config, resume=arguments.resume))
+    except ConfigError as error:
+        print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line a user sees
+        return EXIT_CONFIG
+
+
+def _check(config: RunConfig, *, resume: bool) -> None:
+    """What can be found wrong before torch is loaded."""
+    folder = model_path(config)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: {folder}: no config.json there; not a Hugging Face model folder")
+    found = Checkpoints(config.run_dir / "checkpoints", keep=1).latest()
+    if found is not None and not resume:
+        raise ConfigError(f"run.name: {config.run_dir} has checkpoints ({found[0].name}): pass --resume, or change it")
+    if not config.redis.url:
+        raise ConfigError("redis.url: empty; the launcher fills it in, or name a server: redis://host:6379/0")
+
+
+def _set_environment(config: RunConfig) -> None:
+    """Settings that libraries read when they are loaded."""
+    # Idle OpenMP threads that spin starve whatever shares the cores: 12x slower beside a busy process, measured.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if config.learner.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse large blocks rather than return them: a tenth of a step on CPUs went into page faults."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it accepts
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_TOP_PAD, 64 << 20)
+
+
+def _follow(config: RunConfig, *, resume: bool) -> int:
+    from services.learner.trainer import Trainer
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    trainer = Trainer.start(config, resume=resume)
+    trainer.follow()
+    trainer.close()
+    return 0
+
+
+async def _lead(config: RunConfig, *, resume: bool) -> int:
+    from services.contracts.ledger import Ledger
+    from services.contracts.problems import load_problems
+    from services.contracts.registry import Registry
+    from services.contracts.store import connect
+    from services.contracts.telemetry import serve_health
+    from services.learner.loop import Loop
+    from services.learner.metrics import Metrics, summarise
+    from services.learner.publish import Publisher
+    from services.learner.sampler import TaskSampler
+    from services.learner.trainer import Trainer
+
+    redis = await connect(config.redis.url)
+    sampler = TaskSampler(
+        load_problems(config).train,
+        seed=config.run.seed,
+        min_attempts=config.dialogue.min_attempts,
+        max_attempts=config.dialogue.max_attempts,
+    )
+    trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
+    metrics = Metrics(config.run_dir, version=trainer.version)
+    loop = Loop(
+        config,
+        ledger=Ledger(
+            redis, run=config.run.name, lease_s=config.redis.lease_s, max_deliveries=config.redis.max_deliveries
+        ),
+        publisher=Publisher(Registry(redis, run=config.run.name), config, trainer.source),
+        trainer=trainer,
+        sampler=sampler,
+        metrics=metrics,
+        summarise=summarise,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, loop.stop.set)
+    health = serve_health(lambda: loop.trouble, port=config.learner.metrics_port)
+    log.info("learner started", extra={"version": trainer.version, "metrics_port": health.port})
+    try:
+        await loop.run()
+    finally:
+        health.close()
+        metrics.close()
+        await redis.aclose()
+    await asyncio.to_thread(trainer.close)
+    return 0 if trainer.version >= config.run.steps else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

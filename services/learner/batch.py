@@ -1,0 +1,169 @@
+"""From trajectories to arrays: what each rank trains on, in which micro-batches. NumPy only.
+
+Every rank sees the whole batch and computes the same plan, so no rank need ask another. Layout: all action tokens of
+a rank's dialogues lie flat, one dialogue behind the other (feedback and prompt deleted); a micro-batch is a
+right-padded block of input ids with, for each of its action tokens, the position that predicts it and the place in
+the flat arrays. What a loss does with them is in `losses` and `ppo`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.contracts.wire import Trajectory
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward pass. B rows of T tokens, of which A predict an action; A = 0 only keeps ranks in step."""
+
+    input_ids: Int64  # [B, T], right-padded with 0: under causal attention nothing looks at the padding
+    positions: Int64  # [A] in the flattened [B * T]: position t predicts token t + 1
+    targets: Int64  # [A] the action tokens themselves
+    flat: Int64  # [A] place of each in the rank's flat arrays
+
+    @property
+    def num_actions(self) -> int:
+        """A."""
+        return len(self.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A rank's dialogues, flat. D dialogues, A action tokens."""
+
+    behaviour: NDArray[np.float32]  # [A] log-probability when sampled
+    rewards: NDArray[np.float32]  # [D]
+    offsets: Int64  # [D + 1]
+    inputs: tuple[Int64, ...]  # per dialogue: ids up to its last action, exclusive (nothing after is predicted)
+    predicts: tuple[Int64, ...]  # per dialogue: positions that predict an action
+    targets: tuple[Int64, ...]  # per dialogue: its actions
+
+
+def pack(trajectories: Sequence[Trajectory]) -> Packed:
+    """Flatten trajectories. Raises ValueError for one without actions, or whose first token is an action."""
+    inputs, predicts, targets, behaviour = [], [], [], []
+    for trajectory in trajectories:
+        actions = np.flatnonzero(trajectory.action_mask)
+        if not len(actions) or actions[0] == 0:
+            raise ValueError(f"trajectory {trajectory.task_id}: needs a prompt and at least one action token")
+        inputs.append(trajectory.token_ids[: actions[-1]].astype(np.int64))
+        predicts.append(actions - 1)
+        targets.append(trajectory.token_ids[actions].astype(np.int64))
+        behaviour.append(trajectory.logprobs[actions])
+    counts = [len(actions) for actions in targets]
+    return Packed(
+        behaviour=np.concatenate(behaviour) if behaviour else np.zeros(0, np.float32),
+        rewards=np.array([trajectory.reward for trajectory in trajectories], dtype=np.float32),
+        offsets=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        inputs=tuple(inputs),
+        predicts=tuple(predicts),
+        targets=tuple(targets),
+    )
+
+
+def minibatches(num_dialogues: int, num_minibatches: int, random: np.random.Generator) -> list[Int64]:
+    """A random partition of the dialogues into minibatches of (nearly) equal size."""
+    return [np.sort(part) for part in np.array_split(random.permutation(num_dialogues), num_minibatches)]
+
+
+def shard(members: Int64, lengths: Int64, world: int) -> list[Int64]:
+    """Divide a minibatch among ranks: equal numbers of dialogues, similar numbers of tokens (dealt there and back)."""
+    by_length = members[np.argsort(-lengths[members], kind="stable")]
+    place = np.arange(len(by_length))
+    turn, seat = place // world, place % world
+    owner = np.where(turn % 2 == 0, seat, world - 1 - seat)
+    return [np.sort(by_length[owner == rank]) for rank in range(world)]
+
+
+def buckets(members: Int64, lengths: Int64, micro_tokens: int) -> list[Int64]:
+    """Cut dialogues into micro-batches of similar lengths: rows x longest <= micro_tokens.
+
+    A dialogue longer than `micro_tokens` gets a micro-batch of its own. Longest first: the first one shows whether
+    memory suffices.
+    """
+    by_length = members[np.argsort(-lengths[members], kind="stable")]
+    found, start = [], 0
+    while start < len(by_length):
+        rows = max(1, micro_tokens // max(1, int(lengths[by_length[start]])))
+        found.append(by_length[start : start + rows])
+        start += rows
+    return found
+
+
+def micro_batch(packed: Packed, members: Int64) -> MicroBatch:
+    """The block of these dialogues (indices into `packed`)."""
+    width = max(len(packed.inputs[i]) for i in members)
+    input_ids = np.zeros((len(members), width), dtype=np.int64)
+    positions, flat = [], []
+    for row, i in enumerate(members):
+        input_ids[row, : len(packed.inputs[i])] = packed.inputs[i]
+        positions.append(packed.predicts[i] + row * width)
+        flat.append(np.arange(packed.offsets[i], packed.offsets[i + 1]))
+    return MicroBatch(
+        input_ids=input_ids,
+        positions=np.concatenate(positions),
+        targets=np.concatenate([packed.targets[i] for i in members]),
+        flat=np.concatenate(flat),
+    )
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token, no action: what a rank with fewer micro-batches than others passes, so that collectives match."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return MicroBatch(input_ids=np.zeros((1, 1), dtype=np.int64), positions=nothing, targets=nothing, flat=nothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank does in one minibatch."""
+
+    micros: list[MicroBatch]
+    num_actions: int  # of the minibatch on all ranks: the global token mean divides by it
+    num_micros: int  # of the minibatch on all ranks, without the empty ones
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one rank does in one update."""
+
+    packed: Packed  # its dialogues
+    shares: list[Share]  # per minibatch
+    inference: list[MicroBatch]  # all its dialogues, in larger blocks
+
+
+def plan(
+    trajectories: Sequence[Trajectory],
+    *,
+    parts: Sequence[Int64],
+    rank: int,
+    world: int,
+    micro_tokens: int,
+    inference_tokens: int,
+) -> Plan:
+    """Rank `rank`'s part of an update. parts: the minibatches, as indices into `trajectories`.
+
+    A pure function of its arguments; all ranks get the same number of micro-batches in each minibatch.
+    """
+    counts = np.array([int(t.action_mask.sum()) for t in trajectories], dtype=np.int64)
+    lengths = np.array([int(np.flatnonzero(t.action_mask)[-1]) for t in trajectories], dtype=np.int64)
+    by_part = [shard(part, lengths, world) for part in parts]
+    owned = np.concatenate([ranks[rank] for ranks in by_part])
+    packed = pack([trajectories[i] for i in owned])
+    local = {int(i): place for place, i in enumerate(owned)}
+
+    def build(cuts: list[list[Int64]]) -> list[MicroBatch]:
+        mine = [micro_batch(packed, np.array([local[int(i)] for i in cut])) for cut in cuts[rank]]
+        return mine + [empty_micro_batch()] * (max(map(len, cuts)) - len(mine))
+
+    shares = []
+    for part, ranks in zip(parts, by_part, strict=True):
+        cuts = [buckets(members, lengths, micro_tokens) for members in ranks]
+        shares.append(Share(build(cuts), int(counts[part].sum()), sum(map(len, cuts))))
+    everyone = [np.concatenate([ranks[r] for ranks in by_part]) for r in range(world)]
+    inference = build([buckets(members, lengths, inference_tokens) for members in everyone])
+    return Plan(packed, shares, inference)

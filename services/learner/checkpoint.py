@@ -1,0 +1,143 @@
+"""Checkpoint folders that are either whole or absent: `checkpoints/v00000008`.
+
+A checkpoint is written under a temporary name, its manifest last, everything is flushed to the disk, and only then
+gets its name. What is inside (engines, tokenizer) is the caller's; this module imports no torch.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_TEMPORARY = ".partial-"
+MARGIN = 1.1  # free space wanted, as a multiple of the estimate
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint holds. All randomness is a function of the run's seed and these counters."""
+
+    version: int  # policy updates done
+    next_task: int  # the issue counter
+    seed: int  # of the run: the state of every random stream follows from it and `version`
+    world_size: int  # learner ranks that wrote it
+    zero_stage: int
+    dtype: str
+    files: dict[str, int] = {}  # relative path -> bytes
+    schema: int = SCHEMA_VERSION
+
+
+class Checkpoints:
+    """The checkpoints of one run. folder: made when needed. keep: the newest that stay."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def latest(self) -> tuple[Path, Manifest] | None:
+        """The newest whole checkpoint, or None. Damaged ones (files missing or cut short) are passed over."""
+        for path in reversed(self._finished()):
+            manifest = _read(path)
+            if manifest is not None:
+                return path, manifest
+        return None
+
+    def temporary(self, version: int) -> Path:
+        """Where a checkpoint is written before it gets its name; the same on every rank."""
+        return self.folder / f"{_TEMPORARY}{_name(version)}"
+
+    def begin(self, version: int, *, need_bytes: int) -> Path:
+        """Make the temporary folder. Raises CheckpointError when the disk has not enough space left."""
+        target = self.temporary(version)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(stale)
+            free = shutil.disk_usage(self.folder).free
+            if free < MARGIN * need_bytes:
+                raise OSError(errno.ENOSPC, f"needs about {need_bytes >> 20} MiB, {free >> 20} MiB are free")
+            target.mkdir()
+        except OSError as error:
+            raise self._failure(version, error) from error
+        return target
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Give the temporary folder of this version its name, then remove checkpoints beyond `keep`. Returns it."""
+        temporary, final = self.temporary(manifest.version), self.folder / _name(manifest.version)
+        try:
+            sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in _files(temporary)}
+            data = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, files=sizes)), indent=1)
+            (temporary / MANIFEST).write_bytes(data)
+            _flush_tree(temporary)
+            if final.exists():  # damaged, or of a run that was set back
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _flush(self.folder)
+        except OSError as error:
+            self.abandon(manifest.version)
+            raise self._failure(manifest.version, error) from error
+        for old in self._finished()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def abandon(self, version: int) -> None:
+        """Remove what was written of a checkpoint that failed."""
+        shutil.rmtree(self.temporary(version), ignore_errors=True)
+
+    def save(self, manifest: Manifest, write: Callable[[Path], None], *, need_bytes: int = 0) -> Path:
+        """begin, `write(temporary folder)`, commit. Raises CheckpointError when the disk refuses.
+
+        An OSError or RuntimeError (torch's, for a failed write) of `write` counts as that.
+        """
+        target = self.begin(manifest.version, need_bytes=need_bytes)
+        try:
+            write(target)
+        except (OSError, RuntimeError) as error:
+            self.abandon(manifest.version)
+            raise self._failure(manifest.version, error) from error
+        return self.commit(manifest)
+
+    def _finished(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("v*") if path.is_dir())
+
+    def _failure(self, version: int, error: Exception) -> CheckpointError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return CheckpointError(f"checkpoint {version} in {self.folder} was not written ({reason}); earlier ones intact")
+
+
+def _name(version: int) -> str:
+    return f"v{version:08d}"
+
+
+def _read(path: Path) -> Manifest | None:
+    try:
+        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+        whole = all((path / name).stat().st_size == size for name, size in manifest.files.items())
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+    return manifest if whole else None
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in [*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The order of things, on rank 0: issue tasks, take a batch, train, publish, write metrics, save, acknowledge.
+
+Everything that can be lost is either in Redis or in a checkpoint: trajectories stay pending until the checkpoint
+that contains their update is durable, and what a batch lacks, for whatever reason, is issued anew (`_issue`).
+The arithmetic is `Trainer`'s, the transfer of weights the publisher's.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from services.contracts.config import RunConfig
+from services.contracts.ledger import Ledger, Taken
+from services.contracts.wire import Trajectory
+from services.learner.checkpoint import CheckpointError
+from services.learner.sampler import TaskSampler
+
+CONSUMER = "learner"
+TAKE_COUNT = 256
+TAKE_BLOCK_S = 0.2  # also how soon a request to stop is noticed
+TIDY_EVERY_S = 1.0  # replacing lost tasks, greeting replicas that joined
+RETRY_SAVE_S = 10.0  # while the disk is full
+
+log = logging.getLogger(__name__)
+
+
+class StarvedError(RuntimeError):
+    """A batch did not fill in time."""
+
+
+class TrainerLike(Protocol):
+    """What the loop needs of `Trainer`."""
+
+    version: int
+    next_task: int
+
+    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """One update; `version` goes up by one."""
+
+    def save(self, next_task: int) -> Path:
+        """A durable checkpoint, or CheckpointError."""
+
+
+class PublisherLike(Protocol):
+    """What the loop needs of `Publisher`."""
+
+    async def publish(self, version: int) -> object:
+        """Give the present weights, under this version, to every replica that can be reached."""
+
+    async def catch_up(self) -> object:
+        """Give the weights published last to replicas that have others."""
+
+
+class MetricsLike(Protocol):
+    """What the loop needs of `Metrics`."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record one step."""
+
+
+class Summary(Protocol):
+    """`metrics.summarise`."""
+
+    def __call__(self, trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
+        """Figures of a batch."""
+
+
+class Loop:
+    """Runs the learner from `trainer.version` to `run.steps`. Set `stop` to end it early: it saves and returns."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        ledger: Ledger,
+        publisher: PublisherLike,
+        trainer: TrainerLike,
+        sampler: TaskSampler,
+        metrics: MetricsLike,
+        summarise: Summary,
+    ) -> None:
+        self._steps, self._settings = config.run.steps, config.learner
+        self._ledger, self._publisher, self._trainer = ledger, publisher, trainer
+        self._sampler, self._metrics, self._summarise = sampler, metrics, summarise
+        self.stop = asyncio.Event()
+        self.trouble: str | None = "starting"  # why the learner is not making progress, for /readyz
+        self._next_task = 0
+        self._saved_version = trainer.version
+        self._held: dict[int, dict[int, Taken]] = {}  # batch -> task_id -> trajectory, in order of arrival
+        self._entries: dict[int, list[str]] = {}  # batch -> stream entries to delete once it is durable
+        self._dropped = 0  # too stale, since the last step
+        self._issued = 0
+
+    async def run(self) -> None:
+        """Train until the last step, or until `stop`. Raises StarvedError when no batch fills in time."""
+        await self._ledger.open()
+        self._next_task = await self._ledger.restore(self._trainer.next_task)
+        await self._ledger.acknowledge([], self._trainer.version - 1)  # a crash between checkpoint and acknowledging
+        await self._publisher.publish(self._trainer.version)
+        self.trouble = None
+        while self._trainer.version < self._steps:
+            started = time.monotonic()
+            batch = await self._collect(self._trainer.version)
+            if batch is None:
+                break
+            figures = {"wait_s": time.monotonic() - started} | await self._train(batch)
+            version = self._trainer.version
+            if version % self._settings.checkpoint_every == 0 or version == self._steps:
+                figures["checkpoint_s"] = await self._save()
+            figures["step_s"] = time.monotonic() - started
+            figures["dialogues_per_s"] = len(batch) / figures["step_s"]
+            self._metrics.write(version, figures)
+            log.info("step", extra={"step": version, **figures})
+        if self._trainer.version > self._saved_version:
+            await self._save()
+
+    async def _train(self, batch: list[Trajectory]) -> dict[str, float]:
+        figures = self._summarise(batch, version=self._trainer.version)
+        figures |= {"dropped_stale": float(self._dropped), "issued": float(self._issued)}
+        self._dropped = self._issued = 0
+        figures |= await asyncio.to_thread(self._trainer.train, batch)
+        started = time.monotonic()
+        if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
+            await self._publisher.publish(self._trainer.version)
+        figures["publish_s"] = time.monotonic() - started
+        depth = await self._ledger.depth()
+        names = ("waiting", "running", "trajectories_ready", "dead")
+        return figures | {f"queue_{name}": float(getattr(depth, name)) for name in names}
+
+    async def _collect(self, version: int) -> list[Trajectory] | None:
+        """The trajectories of batch `version`, sorted by task; None when asked to stop."""
+        wanted, held = self._settings.batch_dialogues, self._held.setdefault(version, {})
+        for taken in [taken for taken in held.values() if self._is_stale(taken.trajectory)]:
+            del held[taken.trajectory.task_id]
+            await self._discard(taken)
+        deadline, tidy_at = time.monotonic() + self._settings.take_timeout_s, 0.0
+        while len(held) < wanted:
+            if self.stop.is_set():
+                return None
+            if time.monotonic() >= tidy_at:
+                await self._issue(version)
+                await self._publisher.catch_up()
+                tidy_at = time.monotonic() + TIDY_EVERY_S
+            for taken in await self._ledger.take(CONSUMER, TAKE_COUNT, TAKE_BLOCK_S):
+                await self._admit(taken, version)
+            if len(held) < wanted and time.monotonic() > deadline:
+                raise StarvedError(
+                    f"batch {version}: {len(held)} of {wanted} dialogues within learner.take_timeout_s "
+                    f"({self._settings.take_timeout_s:.0f} s); {await self._ledger.depth()}"
+                )
+        chosen = list(self._held.pop(version).values())[:wanted]  # a spare one, issued in vain, is not trained on
+        return sorted((taken.trajectory for taken in chosen), key=lambda trajectory: trajectory.task_id)
+
+    async def _issue(self, version: int) -> None:
+        """Issue what the batches that may run now lack: the one rule for new, replaced and lost tasks."""
+        live = await self._ledger.live()
+        stale_by = self._settings.max_staleness
+        for batch in range(version, min(version + stale_by, self._steps - 1) + 1):
+            missing = self._settings.batch_dialogues - live.get(batch, 0)
+            if missing <= 0:
+                continue
+            first, oldest = self._next_task, max(0, batch - stale_by)
+            tasks = [self._sampler.task(first + i, batch=batch, min_version=oldest) for i in range(missing)]
+            self._next_task = await self._ledger.issue(first, tasks)
+            if self._next_task == first + missing:  # else the counter was elsewhere: the next round tries again
+                self._issued += missing
+
+    async def _admit(self, taken: Taken, version: int) -> None:
+        trajectory = taken.trajectory
+        held = self._held.setdefault(trajectory.batch, {}) if trajectory.batch >= version else {}
+        if trajectory.batch < version or trajectory.task_id in held:
+            # Trained already, or a second copy out of a Redis that lost its last second: it goes with its batch.
+            self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
+        elif not trajectory.versions or self._is_stale(trajectory):
+            await self._discard(taken)
+        else:
+            held[trajectory.task_id] = taken
+            self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
+
+    def _is_stale(self, trajectory: Trajectory) -> bool:
+        """Whether it will be too old when its batch is trained."""
+        return trajectory.oldest_version < trajectory.batch - self._settings.max_staleness
+
+    async def _discard(self, taken: Taken) -> None:
+        """Drop a trajectory; its batch then lacks one, which `_issue` makes good."""
+        self._dropped += 1
+        entries = self._entries.get(taken.trajectory.batch, [])
+        if taken.entry_id in entries:
+            entries.remove(taken.entry_id)
+        await self._ledger.drop([taken.entry_id])
+        log.info("dropped", extra={"task_id": taken.trajectory.task_id, "batch": taken.trajectory.batch})
+
+    async def _save(self) -> float:
+        """Save and acknowledge; while the disk is full the run waits here. Returns the seconds it took."""
+        started, version = time.monotonic(), self._trainer.version
+        while True:
+            try:
+                await asyncio.to_thread(self._trainer.save, self._next_task)
+                break
+            except CheckpointError as error:
+                self.trouble = f"paused: {error}"
+                log.error(
+                    "paused until the checkpoint can be written: free some disk space", extra={"error": str(error)}
+                )
+                if self.stop.is_set():
+                    return time.monotonic() - started
+                await self._pause(RETRY_SAVE_S)
+        self.trouble, self._saved_version = None, version
+        durable = [batch for batch in self._entries if batch < version]
+        entries = [entry for batch in durable for entry in self._entries.pop(batch)]
+        await self._ledger.acknowledge(entries, version - 1)
+        return time.monotonic() - started
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self.stop.wait(), timeout=seconds)
+        except TimeoutError:
+            return
