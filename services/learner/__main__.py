@@ -108,12 +108,13 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
     metrics = Metrics(config.run_dir, version=trainer.version)
+    publisher = Publisher(Registry(redis, run=config.run.name), config, trainer.source)
     loop = Loop(
         config,
         ledger=Ledger(
             redis, run=config.run.name, lease_s=config.redis.lease_s, max_deliveries=config.redis.max_deliveries
         ),
-        publisher=Publisher(Registry(redis, run=config.run.name), config, trainer.source),
+        publisher=publisher,
         trainer=trainer,
         sampler=sampler,
         metrics=metrics,
@@ -128,6 +129,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     finally:
         health.close()
         metrics.close()
+        await publisher.close()
         await redis.aclose()
     await asyncio.to_thread(trainer.close)
     return 0 if trainer.version >= config.run.steps else EXIT_STOPPED

@@ -44,10 +44,19 @@ class TrainerLike(Protocol):
         """A durable checkpoint, or CheckpointError."""
 
 
+class Report(Protocol):
+    """What the loop needs of `PublishReport`."""
+
+    updated: list[str]
+    dropped: dict[str, str]
+    num_bytes: int
+    seconds: dict[str, float]
+
+
 class PublisherLike(Protocol):
     """What the loop needs of `Publisher`."""
 
-    async def publish(self, version: int) -> object:
+    async def publish(self, version: int) -> Report:
         """Give the present weights, under this version, to every replica that can be reached."""
 
     async def catch_up(self) -> object:
@@ -124,7 +133,9 @@ class Loop:
         figures |= await asyncio.to_thread(self._trainer.train, batch)
         started = time.monotonic()
         if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
-            await self._publisher.publish(self._trainer.version)
+            report = await self._publisher.publish(self._trainer.version)
+            figures |= {"replicas": float(len(report.updated)), "replicas_dropped": float(len(report.dropped))}
+            figures |= {f"publish_{phase}": seconds for phase, seconds in report.seconds.items()}
         figures["publish_s"] = time.monotonic() - started
         depth = await self._ledger.depth()
         names = ("waiting", "running", "trajectories_ready", "dead")
