@@ -107,7 +107,8 @@ class Publisher:
         self._registry = registry
         self._settings = config.weights
         self._source = source
-        headers = {"Authorization": f"Bearer {config.rollout.control_token}"}
+        token = config.rollout.control_token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.AsyncClient(headers=headers, timeout=PROBE_S)
         self._snapshot: Snapshot | None = None
         self._version = -1

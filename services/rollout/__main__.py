@@ -1,0 +1,99 @@
+"""Start a replica: `python -m services.rollout --config RUN/config.json --replica-id rollout-0 --port 8100`.
+
+Light door: arguments, configuration, model folder and port are checked before vLLM is imported. A mistake in any of
+them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
+from services.contracts.telemetry import configure_logging
+
+EXIT_CONFIG = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Live until drained. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m services.rollout", description="One rollout replica.")
+    parser.add_argument("--config", type=Path, required=True, help="resolved configuration of a run (config.json)")
+    parser.add_argument("--replica-id", help="name in the registry; by default made of host name and port")
+    parser.add_argument("--port", type=int, help="port, over rollout.port; 0 picks a free one")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_resolved(arguments.config)
+        model = _model(config)
+        listener = _listen(config, config.rollout.port if arguments.port is None else arguments.port)
+        configure_logging("rollout", run=config.run.name)
+        port = listener.getsockname()[1]
+        name = arguments.replica_id or f"{socket.gethostname()}-{port}"
+        return asyncio.run(_serve(config, model, listener, replica_id=name))
+    except ConfigError as error:
+        print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line
+        return EXIT_CONFIG
+
+
+async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, replica_id: str) -> int:
+    import uvicorn
+
+    from services.rollout.app import create_app
+    from services.rollout.replica import ReplicaProcess
+
+    url = f"http://{config.rollout.advertise_host or config.rollout.host}:{listener.getsockname()[1]}"
+    replica = ReplicaProcess(config, model=model, replica_id=replica_id, url=url)
+    server = uvicorn.Server(uvicorn.Config(create_app(replica), log_config=None, access_log=False, lifespan="off"))
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    living = asyncio.create_task(replica.run())
+
+    def stop() -> None:
+        if replica.trouble is None:
+            replica.drain()
+        else:
+            living.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    serving = asyncio.create_task(server._serve([listener]))
+    await asyncio.wait((living, serving), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    try:
+        await living
+    except asyncio.CancelledError:
+        return 0
+    except ConfigError:
+        raise
+    except Exception:
+        logging.getLogger(__name__).exception("the replica failed")
+        return 1
+    return 0
+
+
+def _model(config: RunConfig) -> Path:
+    folder = model_path(config)
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.path: {folder}: no config.json there; not a model folder")
+    return folder
+
+
+def _listen(config: RunConfig, port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.rollout.host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"rollout.port {port} on {config.rollout.host}: {error.strerror}; choose another with --port (0: any)"
+        ) from error
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

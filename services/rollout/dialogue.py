@@ -1,0 +1,115 @@
+"""One multi-attempt dialogue over token ids: what may be sampled next, when it is over, and its trajectory. Pure.
+
+Segments, never searches in text, say which tokens are actions. Engine, grader and tokenizer are the caller's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.contracts.config import DialogueSection
+from services.contracts.wire import Attempt, FinishReason, Task, Timings, Trajectory, Verdict, VersionSpan
+from services.rollout.reward import reward
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the engine sampled in one attempt. n = number of tokens."""
+
+    token_ids: Sequence[int]  # [n]
+    logprobs: Sequence[float]  # [n] of the sampled tokens, after temperature
+    versions: Sequence[tuple[int, int, int]]  # (version, start, end) covering 0..n
+    closed_turn: bool  # the model itself ended its turn: the last token is its end-of-turn
+    hit_length: bool  # stopped by a budget, neither by a box nor by the end of the turn
+
+
+@dataclass(slots=True)
+class Dialogue:
+    """The state of one dialogue. Call `budget`, then `add_attempt`; if `wants_feedback`, `add_feedback`, and again."""
+
+    task: Task
+    settings: DialogueSection
+    max_model_len: int
+    token_ids: list[int]
+    attempts: list[Attempt] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    _spans: list[VersionSpan] = field(default_factory=list)
+    _logprobs: dict[int, float] = field(default_factory=dict)
+    _num_sampled: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Tokens that the next attempt may sample: of the attempt, of the dialogue, of the context; 0: none fit."""
+        return max(
+            0,
+            min(
+                self.settings.tokens_per_attempt,
+                self.settings.tokens_per_dialogue - self._num_sampled,
+                self.max_model_len - len(self.token_ids),
+            ),
+        )
+
+    @property
+    def seed(self) -> int:
+        """Sampling seed of the next attempt."""
+        return (self.task.seed + len(self.attempts)) % 2**31
+
+    @property
+    def attempts_left(self) -> int:
+        """Attempts after those made."""
+        return self.task.max_attempts - len(self.attempts)
+
+    @property
+    def reward(self) -> float:
+        """Of the attempts so far."""
+        return reward([attempt.verdict for attempt in self.attempts], self.settings)
+
+    def add_attempt(self, sampled: Sampled, *, verdict: Verdict, extracted: str | None, grading_ms: float) -> None:
+        """Take one judged attempt; sets `finish_reason` when it was the last."""
+        start = len(self.token_ids)
+        for i, logprob in enumerate(sampled.logprobs):
+            self._logprobs[start + i] = logprob
+        self._spans += [VersionSpan(v, start + s, start + e) for v, s, e in sampled.versions]
+        self.token_ids += sampled.token_ids
+        self._num_sampled += len(sampled.token_ids)
+        self.attempts.append(
+            Attempt(start=start, end=len(self.token_ids), extracted=extracted, verdict=verdict, grading_ms=grading_ms)
+        )
+        if verdict is Verdict.CORRECT:
+            self.finish_reason = FinishReason.SOLVED
+        elif sampled.hit_length and self.budget == 0:
+            self.finish_reason = FinishReason.LENGTH
+        elif self.attempts_left == 0:
+            self.finish_reason = FinishReason.ATTEMPTS
+
+    def add_feedback(self, token_ids: Sequence[int]) -> None:
+        """Splice in the feedback (never trained); ends the dialogue if nothing could be sampled after it."""
+        room = self.settings.tokens_per_dialogue > self._num_sampled
+        if not room or len(self.token_ids) + len(token_ids) >= self.max_model_len:
+            self.finish_reason = FinishReason.LENGTH
+        else:
+            self.token_ids += token_ids
+
+    def trajectory(self, *, replica_id: str, timings: Timings) -> Trajectory:
+        """The finished dialogue, as the learner trains on it."""
+        assert self.finish_reason is not None, "the dialogue is not over"
+        length = len(self.token_ids)
+        logprobs = np.full(length, np.nan, dtype=np.float32)
+        logprobs[list(self._logprobs)] = list(self._logprobs.values())
+        action_mask = np.zeros(length, dtype=bool)
+        action_mask[list(self._logprobs)] = True
+        return Trajectory(
+            task_id=self.task.task_id,
+            batch=self.task.batch,
+            token_ids=np.asarray(self.token_ids, dtype=np.int32),
+            action_mask=action_mask,
+            logprobs=logprobs,
+            versions=tuple(self._spans),
+            attempts=tuple(self.attempts),
+            max_attempts=self.task.max_attempts,
+            reward=self.reward,
+            finish_reason=self.finish_reason,
+            replica_id=replica_id,
+            timings=timings,
+        )

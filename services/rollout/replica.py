@@ -1,0 +1,118 @@
+"""One replica's life: engine up, announced, working, drained, withdrawn. Wires the parts together."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from services.contracts.config import RunConfig
+from services.contracts.ledger import Ledger
+from services.contracts.registry import Registry, Replica
+from services.contracts.store import connect
+from services.rollout.grader_client import HttpGrader
+from services.rollout.runner import DialogueRunner
+from services.rollout.vllm_engine import VllmEngine
+from services.rollout.worker import Worker
+
+MISSED_HEARTBEATS = 3  # after so many a replica is taken for dead
+
+log = logging.getLogger(__name__)
+
+
+class ReplicaProcess:
+    """The parts of one replica. `trouble` is why it is not ready, None when it is."""
+
+    def __init__(self, config: RunConfig, *, model: Path, replica_id: str, url: str) -> None:
+        self.config = config
+        self.engine = VllmEngine(config, model)
+        self.runner: DialogueRunner
+        self.worker: Worker
+        self.trouble: str | None = "the model is being loaded"
+        self.done = asyncio.Event()
+        self._replica_id, self._url = replica_id, url
+        self._started_at = time.time()
+
+    async def run(self) -> None:
+        """Live until drained. Raises what the replica cannot survive; a supervisor restarts it."""
+        started = time.monotonic()
+        redis = await connect(self.config.redis.url)
+        grader = HttpGrader(self.config.grader.url, timeout_s=self.config.rollout.grader_timeout_s)
+        registry = Registry(redis, run=self.config.run.name)
+        try:
+            await self.engine.start()
+            self._wire(
+                Ledger(
+                    redis,
+                    run=self.config.run.name,
+                    lease_s=self.config.redis.lease_s,
+                    max_deliveries=self.config.redis.max_deliveries,
+                ),
+                grader,
+            )
+            await self._announce(registry)
+            self.trouble = None
+            log.info("replica ready", extra={"seconds": round(time.monotonic() - started, 1), "url": self._url})
+            beating = asyncio.create_task(self._beat(registry))
+            working = asyncio.create_task(self.worker.run())
+            try:
+                done, _ = await asyncio.wait((beating, working), return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                self.trouble = "the replica is stopping"
+                for task in (beating, working):
+                    task.cancel()
+                await asyncio.gather(beating, working, return_exceptions=True)
+                await registry.withdraw(self._replica_id)
+        finally:
+            self.done.set()
+            with contextlib.suppress(OSError):
+                await grader.close()
+            await redis.aclose()
+            self.engine.stop()
+
+    def drain(self) -> None:
+        """Finish what is in flight, then end."""
+        self.worker.drain()
+
+    def _wire(self, ledger: Ledger, grader: HttpGrader) -> None:
+        self.runner = DialogueRunner(
+            self.config,
+            engine=self.engine,
+            grader=grader,
+            tokenizer=self.engine.tokenizer,
+            replica_id=self._replica_id,
+        )
+        self.worker = Worker(
+            ledger,
+            self.runner,
+            replica_id=self._replica_id,
+            version=lambda: self.engine.version,
+            max_in_flight=self.config.rollout.max_in_flight,
+            lease_s=self.config.redis.lease_s,
+        )
+
+    async def _beat(self, registry: Registry) -> None:
+        """Announce this replica as long as its engine answers; one that hangs falls silent and is taken for dead."""
+        while True:
+            self.trouble = await self.engine.check() or None
+            if self.engine.broken:
+                raise RuntimeError(self.engine.broken)
+            if self.trouble is None:
+                await self._announce(registry)
+            await asyncio.sleep(self.config.rollout.heartbeat_s)
+
+    async def _announce(self, registry: Registry) -> None:
+        replica = Replica(
+            replica_id=self._replica_id,
+            url=self._url,
+            world_size=self.config.rollout.tensor_parallel_size,
+            version=self.engine.version,
+            device=self.engine.device,
+            state="draining" if self.worker.is_draining else "ready",
+            pid=os.getpid(),
+            started_at=self._started_at,
+        )
+        await registry.announce(replica, MISSED_HEARTBEATS * self.config.rollout.heartbeat_s)

@@ -1,0 +1,125 @@
+"""Runs one dialogue from its prompt to its trajectory: sample an attempt, have it graded, give feedback, again.
+
+Which dialogues run, and how many at once, is `worker`'s business; the state is `dialogue`'s.
+"""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.contracts.config import RunConfig
+from services.contracts.template import Tokenizer, end_of_turn_ids, feedback_ids, prompt_ids
+from services.contracts.wire import Sampling, Task, Timings, Trajectory, Verdict
+from services.rollout.box import BoxScanner
+from services.rollout.dialogue import Dialogue, Sampled
+from services.rollout.grader_client import Grader
+from services.rollout.text import PieceDecoder, TokenText
+
+
+class UnrunnableTask(ValueError):
+    """No replica can ever run this task; says why. It belongs among the dead letters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What the engine sampled since the last delta."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    versions: Sequence[tuple[int, int, int]]  # (version, start, end) over the whole request so far
+    is_last: bool
+
+
+class Engine(Protocol):
+    """What a dialogue needs of the engine."""
+
+    def generate(
+        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
+    ) -> AsyncIterator[Delta]:
+        """Sample a continuation; closing the iterator ends the request. Sampled stop tokens are delivered too."""
+
+
+class DialogueRunner:
+    """Everything that dialogues of one run share."""
+
+    def __init__(
+        self, config: RunConfig, *, engine: Engine, grader: Grader, tokenizer: Tokenizer, replica_id: str
+    ) -> None:
+        self._settings = config.dialogue
+        self._max_model_len = config.model.max_model_len
+        self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
+        self._replica_id = replica_id
+        self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
+        self._text = TokenText(tokenizer)
+
+    async def run(self, task: Task) -> Trajectory:
+        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, and what the engine raises."""
+        started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
+        dialogue = self._open(task)
+        while dialogue.finish_reason is None:
+            asked = time.monotonic()
+            sampled, text = await self._sample(dialogue)
+            answered = time.monotonic()
+            grade = await self._grader.grade(text, task.gold)
+            generate_s, grade_s = generate_s + answered - asked, grade_s + time.monotonic() - answered
+            if grade.verdict is Verdict.UNPARSABLE_GOLD:
+                raise UnrunnableTask(f"the gold answer cannot be parsed: {task.gold!r}")
+            dialogue.add_attempt(sampled, verdict=grade.verdict, extracted=grade.extracted, grading_ms=grade.elapsed_ms)
+            if dialogue.finish_reason is None:
+                dialogue.add_feedback(self._feedback(dialogue, grade.verdict, closed=sampled.closed_turn))
+        timings = Timings(generate_s=generate_s, grade_s=grade_s, total_s=time.monotonic() - started)
+        return dialogue.trajectory(replica_id=self._replica_id, timings=timings)
+
+    def attempt_text(self, trajectory: Trajectory, index: int) -> str:
+        """Text of one attempt, for people."""
+        attempt = trajectory.attempts[index]
+        return self._text.decode(trajectory.token_ids[attempt.start : attempt.end].tolist())
+
+    def _open(self, task: Task) -> Dialogue:
+        ids = list(prompt_ids(self._tokenizer, self._settings, task.problem, max_attempts=task.max_attempts))
+        if len(ids) >= self._max_model_len:
+            raise UnrunnableTask(
+                f"the prompt has {len(ids)} tokens, the context is {self._max_model_len} (model.max_model_len)"
+            )
+        return Dialogue(task=task, settings=self._settings, max_model_len=self._max_model_len, token_ids=ids)
+
+    def _feedback(self, dialogue: Dialogue, verdict: Verdict, *, closed: bool) -> list[int]:
+        return feedback_ids(
+            self._tokenizer,
+            self._settings,
+            verdict,
+            attempts_left=dialogue.attempts_left,
+            turn_closed=closed,
+        )
+
+    async def _sample(self, dialogue: Dialogue) -> tuple[Sampled, str]:
+        """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""
+        scanner, decoder = BoxScanner(), PieceDecoder(self._text)
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        versions: Sequence[tuple[int, int, int]] = ()
+        boxed = closed = False
+        stream = self._engine.generate(
+            dialogue.token_ids,
+            max_tokens=dialogue.budget,
+            seed=dialogue.seed,
+            sampling=dialogue.task.sampling,
+            stop_ids=self._stop_ids,
+        )
+        async for delta in stream:
+            versions = delta.versions
+            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+                token_ids.append(token_id)
+                logprobs.append(logprob)
+                closed = token_id in self._stop_ids
+                boxed = not closed and scanner.feed(decoder.feed(token_id)) and self._settings.stop_at_box
+                if closed or boxed:
+                    break
+            if closed or boxed or delta.is_last:
+                break
+        await stream.aclose()  # type: ignore[attr-defined] # ends the request in the engine at once
+        kept = len(token_ids)
+        spans = [(v, start, min(end, kept)) for v, start, end in versions if start < kept]
+        sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
+        return sampled, self._text.decode(token_ids)

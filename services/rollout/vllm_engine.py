@@ -1,0 +1,175 @@
+"""The engine: vLLM's AsyncLLM with the settings that were measured to be right here. Token ids in, token ids out.
+
+`logprobs` are those of the distribution that was sampled from (after temperature). Every sampled token carries the
+weight version that produced it. Weights come in through `weights` and `weight_control`.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.contracts.config import RunConfig
+from services.contracts.wire import Sampling
+from services.rollout.runner import Delta
+
+BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
+RPC_TIMEOUT_S = 10.0
+# Read by vLLM when it is imported. The worker lives in the engine's process: no busy-waiting between the two. Threads
+# are not pinned: "auto" would pin every replica to the same core.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_PLUGINS": "multiattempt",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class VllmEngine:
+    """One AsyncLLM. `start` before anything else."""
+
+    def __init__(self, config: RunConfig, model: Path) -> None:
+        self._config, self._model = config, model
+        self._ids = itertools.count()
+        self.async_llm: Any = None
+        self.tokenizer: Any = None
+        self.version = 0
+        self.broken = ""
+
+    @property
+    def device(self) -> str:
+        """`cpu`, or `cuda:` and the GPU's UUID."""
+        import torch
+
+        if not self._on_gpu():
+            return "cpu"
+        return f"cuda:{torch.cuda.get_device_properties(0).uuid}"
+
+    async def start(self) -> None:
+        """Load the model, then generate once: the first request is slow, and that is not the first dialogue's fault."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from transformers import AutoTokenizer
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from services.rollout.weights import BACKEND, register
+
+        register()
+        settings, on_gpu = self._config.rollout, self._on_gpu()
+        where: dict[str, Any] = (
+            {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            if on_gpu
+            else {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK_TOKENS}
+        )
+        arguments = AsyncEngineArgs(
+            model=str(self._model),
+            dtype=self._config.model.dtype,
+            max_model_len=self._config.model.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enforce_eager=settings.enforce_eager,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own generation settings would alter sampling
+            logprobs_mode="processed_logprobs",
+            distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else None,
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls="services.rollout.weights.WorkerExtension",
+            seed=self._config.run.seed,
+            disable_log_stats=True,
+            **where,
+        )
+        self.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._model)
+        self.async_llm = AsyncLLM.from_engine_args(arguments)
+        await self.async_llm.update_weight_version(str(self.version))
+        async for _ in self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()):
+            pass
+
+    async def generate(
+        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
+    ) -> AsyncIterator[Delta]:
+        """Sample a continuation as it comes; closing the iterator aborts the request."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        defaults = self._config.sampling
+        parameters = SamplingParams(
+            temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
+            top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
+            top_k=defaults.top_k if sampling.top_k is None else sampling.top_k,
+            max_tokens=max_tokens,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=sorted(stop_ids),
+            output_kind=RequestOutputKind.DELTA,
+        )
+        request_id = str(next(self._ids))
+        prompt = {"prompt_token_ids": list(token_ids)}
+        finished = False
+        try:
+            async for output in self.async_llm.generate(prompt, parameters, request_id):
+                sampled, finished = output.outputs[0], output.finished
+                flat = sampled.logprobs
+                yield Delta(
+                    token_ids=list(sampled.token_ids),
+                    logprobs=[flat.logprobs[i] for i in flat.start_indices] if flat else [],
+                    versions=[(int(span.version), span.start, span.end) for span in sampled.weight_versions or []],
+                    is_last=finished,
+                )
+        finally:
+            if not finished:
+                await self.async_llm.abort(request_id)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token given those before it, at temperature 1; the first has none (NaN)."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        parameters = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = {"prompt_token_ids": list(token_ids)}
+        async for output in self.async_llm.generate(prompt, parameters, str(next(self._ids))):
+            flat = output.prompt_logprobs
+        spans = zip(flat.start_indices, flat.end_indices, strict=True)
+        return [float("nan") if start == end else flat.logprobs[start] for start, end in spans]
+
+    async def rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> list[Any]:
+        """Call a method of every worker. Raises TimeoutError."""
+        call = self.async_llm.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
+        results: list[Any] = await asyncio.wait_for(call, timeout_s)
+        return results
+
+    async def check(self) -> str:
+        """Why the engine cannot work, or nothing. Reaches the worker: a hung one does not answer."""
+        if self.async_llm is None:
+            return "the model is being loaded"
+        if not self.broken:
+            try:
+                await self.rpc("weights_status", {}, RPC_TIMEOUT_S)
+            except TimeoutError:
+                return f"the engine did not answer within {RPC_TIMEOUT_S:g} s"
+        return self.broken
+
+    def stop(self) -> None:
+        """End the engine's processes."""
+        if self.async_llm is not None:
+            self.async_llm.shutdown()
+
+    def _on_gpu(self) -> bool:
+        import torch
+
+        choice = self._config.rollout.device
+        return choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
