@@ -1,0 +1,241 @@
+"""The learner's loop on a real ledger: batches fill, stale and lost work is replaced, nothing is trained twice."""
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+from learner_data import make_trajectory
+from redis.asyncio import Redis
+
+from services.contracts.config import RunConfig, load
+from services.contracts.ledger import Ledger
+from services.contracts.problems import Problem
+from services.contracts.wire import Trajectory
+from services.learner import loop as loop_module
+from services.learner.checkpoint import CheckpointError
+from services.learner.loop import Loop, StarvedError
+from services.learner.metrics import summarise
+from services.learner.sampler import TaskSampler
+
+pytestmark = pytest.mark.integration
+PROBLEMS = [Problem(f"{i}+{i}", (str(2 * i),)) for i in range(10)]
+
+
+@dataclass
+class Report:
+    updated: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class MemoryTrainer:
+    """Counts instead of learning; a checkpoint is a copy of its two numbers."""
+
+    def __init__(self, *, version: int = 0, next_task: int = 0) -> None:
+        self.version, self.next_task = version, next_task
+        self.batches: list[list[Trajectory]] = []
+        self.saved: list[tuple[int, int]] = []
+        self.full_disk = 0  # how many saves still fail
+
+    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        self.batches.append(list(trajectories))
+        self.version += 1
+        return {"policy_loss": 0.0}
+
+    def save(self, next_task: int) -> Path:
+        if self.full_disk:
+            self.full_disk -= 1
+            raise CheckpointError(errno.ENOSPC, "disk full")
+        self.saved.append((self.version, next_task))
+        return Path()
+
+
+class MemoryPublisher:
+    """A fleet that always has the newest weights."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.history: list[int] = []
+
+    async def publish(self, version: int) -> Report:
+        self.version = version
+        self.history.append(version)
+        return Report(updated=["rollout-0"])
+
+    async def catch_up(self) -> Report:
+        return Report()
+
+
+class MemoryMetrics:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.lines.append((step, dict(figures)))
+
+
+def make_ledger(redis: Redis) -> Ledger:
+    return Ledger(redis, run="loop", lease_s=5, max_deliveries=3)
+
+
+def make_config(**learner: str) -> RunConfig:
+    flags = {"batch_dialogues": "8", "minibatch_dialogues": "8", "checkpoint_every": "2", "take_timeout_s": "20"}
+    flags |= learner
+    return load(None, [f"--learner.{k}={v}" for k, v in flags.items()] + ["--run.steps=5"], env={})
+
+
+def make_loop(redis: Redis, config: RunConfig, trainer: MemoryTrainer, publisher: MemoryPublisher) -> Loop:
+    return Loop(
+        config,
+        ledger=make_ledger(redis),
+        publisher=publisher,
+        trainer=trainer,
+        sampler=TaskSampler(PROBLEMS, seed=0, min_attempts=1, max_attempts=2),
+        metrics=MemoryMetrics(),
+        summarise=summarise,
+    )
+
+
+@contextlib.asynccontextmanager
+async def rollout(
+    redis: Redis, publisher: MemoryPublisher, *, lag: Mapping[int, int] | None = None
+) -> AsyncIterator[None]:
+    """A replica that answers every task at once. lag: task_id -> how much older its weights pretend to be."""
+    ledger = make_ledger(redis)
+    await ledger.open()
+    lags = dict(lag or {})
+
+    async def serve() -> None:
+        while True:
+            version = publisher.version
+            for claim in await ledger.claim("rollout-0", version, 3):
+                old = version - lags.get(claim.task.task_id, 0)
+                trajectory = make_trajectory(claim.task.task_id, batch=claim.task.batch, version=old)
+                await ledger.complete(claim.entry_id, trajectory)
+            await asyncio.sleep(0.005)
+
+    replica = asyncio.create_task(serve())
+    try:
+        yield
+    finally:
+        replica.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await replica
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+async def test_every_batch_is_full_fresh_enough_and_trained_once(redis: Redis, staleness: int) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(max_staleness=str(staleness)), trainer, publisher)
+    async with rollout(redis, publisher):
+        await loop.run()
+    assert [len(batch) for batch in trainer.batches] == [8] * 5
+    ids = [t.task_id for batch in trainer.batches for t in batch]
+    assert len(set(ids)) == 40
+    for version, batch in enumerate(trainer.batches):
+        assert all(t.batch == version and 0 <= version - t.oldest_version <= staleness for t in batch)
+    assert publisher.history == [0, 1, 2, 3, 4, 5]
+    assert [version for version, _ in trainer.saved] == [2, 4, 5]
+    depth = await make_ledger(redis).depth()
+    assert (depth.waiting, depth.running, depth.trajectories_ready, depth.trajectories_taken) == (0, 0, 0, 0)
+
+
+async def test_a_trajectory_that_is_too_old_is_dropped_counted_and_replaced(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(max_staleness="0"), trainer, publisher)
+    async with rollout(redis, publisher, lag={9: 1, 12: 1}):
+        await loop.run()
+    trained = {t.task_id for batch in trainer.batches for t in batch}
+    assert trained == set(range(42)) - {9, 12}
+    assert loop._metrics.lines[1][1]["dropped_stale"] == 2.0  # type: ignore[attr-defined]
+
+
+async def test_a_learner_that_died_replays_the_batches_since_its_checkpoint(redis: Redis) -> None:
+    config, publisher = make_config(max_staleness="1"), MemoryPublisher()
+    first = MemoryTrainer()
+    loop = make_loop(redis, config, first, publisher)
+    async with rollout(redis, publisher):
+        running = asyncio.create_task(loop.run())
+        while first.version < 3:
+            await asyncio.sleep(0.01)
+        running.cancel()  # between two awaits, as a kill would
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        done = len(first.batches)
+        version, next_task = first.saved[-1]
+        second = MemoryTrainer(version=version, next_task=next_task)
+        await make_loop(redis, config, second, publisher).run()
+    again = done - version
+    replayed = [[t.task_id for t in batch] for batch in second.batches[:again]]
+    assert replayed == [[t.task_id for t in batch] for batch in first.batches[version:]]
+    assert version + len(second.batches) == 5
+
+
+async def test_a_lost_redis_volume_goes_on_from_the_checkpoints_counter(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(version=3, next_task=24), MemoryPublisher()
+    async with rollout(redis, publisher):
+        await make_loop(redis, make_config(), trainer, publisher).run()
+    assert [t.task_id for batch in trainer.batches for t in batch] == list(range(24, 40))
+
+
+async def test_a_dead_letter_is_replaced(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(), trainer, publisher)
+    ledger = make_ledger(redis)
+    await ledger.open()
+    running = asyncio.create_task(loop.run())
+    while not (claims := await ledger.claim("rollout-0", publisher.version, 1)):
+        await asyncio.sleep(0.01)
+    await ledger.bury(claims[0].entry_id, claims[0].task, "prompt too long")
+    async with rollout(redis, publisher):
+        await running
+    assert [len(batch) for batch in trainer.batches] == [8] * 5
+
+
+async def test_asked_to_stop_it_saves_what_it_has_done(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(checkpoint_every="100"), trainer, publisher)
+    async with rollout(redis, publisher):
+        running = asyncio.create_task(loop.run())
+        while trainer.version < 2:
+            await asyncio.sleep(0.01)
+        loop.stop.set()
+        await asyncio.wait_for(running, 5)
+    assert [version for version, _ in trainer.saved] == [trainer.version]
+
+
+async def test_a_full_disk_pauses_the_run_until_there_is_space(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "RETRY_SAVE_S", 0.3)
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    trainer.full_disk = 2
+    loop = make_loop(redis, make_config(), trainer, publisher)
+    async with rollout(redis, publisher):
+        running = asyncio.create_task(loop.run())
+        while loop.trouble is None or "paused" not in loop.trouble:
+            await asyncio.sleep(0.01)
+        assert trainer.version == 2
+        await running
+    assert [version for version, _ in trainer.saved] == [2, 4, 5] and loop.trouble is None
+
+
+async def test_a_batch_that_never_fills_is_an_error_that_says_how_far_it_came(redis: Redis) -> None:
+    loop = make_loop(redis, make_config(take_timeout_s="0.5"), MemoryTrainer(), MemoryPublisher())
+    with pytest.raises(StarvedError, match="batch 0: 0 of 8 dialogues"):
+        await loop.run()
+
+
+async def test_a_second_copy_of_a_trajectory_is_not_trained_twice(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(), trainer, publisher)
+    await loop._ledger.open()
+    trajectory = make_trajectory(3)
+    other = msgspec.structs.replace(trajectory, replica_id="rollout-1")
+    for number, copy in enumerate((trajectory, other)):
+        await loop._admit(loop_module.Taken(f"{number + 1}-0", copy), 0)
+    assert len(loop._held[0]) == 1 and loop._entries[0] == ["1-0", "2-0"]
