@@ -1,0 +1,11 @@
+"""The `multiattempt` command and the local launcher.
+
+__main__    arguments, and which command they mean
+preflight   everything that can be known to be wrong before anything starts
+launcher    starts the services of one run in order, keeps them alive, stops them
+services    what each process is called with: command, environment, readiness
+watchdog    stops what the launcher started should the launcher itself be killed
+progress    what the user sees while it runs
+status      a look at a run from outside
+doctor      is this machine fit to run it, and what to do if not
+"""
