@@ -43,21 +43,21 @@ def gae(
 
 
 class Moments(NamedTuple):
-    """Count, sum and sum of squares: those of several ranks add up to those of the whole batch."""
+    """Number, sum and sum of squares: those of several ranks add up to those of the whole batch."""
 
-    count: float
+    number: float
     total: float
     squares: float
 
     @property
     def mean(self) -> float:
         """Mean; 0 of nothing."""
-        return self.total / self.count if self.count else 0.0
+        return self.total / self.number if self.number else 0.0
 
     @property
     def variance(self) -> float:
         """Biased variance; never negative."""
-        return max(self.squares / self.count - self.mean**2, 0.0) if self.count else 0.0
+        return max(self.squares / self.number - self.mean**2, 0.0) if self.number else 0.0
 
 
 def moments(values: FloatArray) -> Moments:

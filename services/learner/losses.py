@@ -42,7 +42,7 @@ def logprobs_from_hidden(
         return logprobs_from_logits(head(part), part_targets, temperature)
 
     parts = []
-    for part, part_targets in zip(hidden.split(block), targets.split(block), strict=True):
+    for part, part_targets in zip(torch.split(hidden, block), torch.split(targets, block), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(one, part, part_targets, use_reentrant=False))
         else:

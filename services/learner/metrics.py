@@ -59,7 +59,7 @@ class Metrics:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one step. A figure that is not finite becomes null."""
-        line = {"step": step, "version": step}
+        line: dict[str, float | None] = {"step": step, "version": step}
         line |= {name: _rounded(value) if math.isfinite(value) else None for name, value in figures.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -31,7 +31,7 @@ class Actor(nn.Module):
         """input_ids [B, T], positions [A] in the flattened [B * T], targets [A], all int64. Returns fp32 [A]."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, positions)
-        head = self.model.get_output_embeddings()
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return logprobs_from_hidden(chosen, head, targets, self.temperature, vocab_size=self.vocab_size)
 
 

@@ -229,7 +229,7 @@ class Ppo:
         totals = self._ranks.sum([*moments(exact_returns), *moments(errors)]).tolist()
         returns, error = Moments(*totals[:3]), Moments(*totals[3:])
         return {
-            "action_tokens": returns.count,
+            "action_tokens": returns.number,
             "return_mean": returns.mean,
             "advantage_std": raw.variance**0.5,
             "explained_variance": 1.0 - error.variance / returns.variance if returns.variance > 0 else 0.0,
