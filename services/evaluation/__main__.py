@@ -8,9 +8,7 @@ from pathlib import Path
 import httpx
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved
-from services.evaluation.results import LABELS, load, save, table
-
-REPORT_EVERY = 0.1  # a progress line at each tenth
+from services.evaluation.results import LABELS, Point, load, save, table
 
 
 def main() -> int:
@@ -52,13 +50,10 @@ async def _measure(config: RunConfig, label: str) -> None:
     urls = [replica.url for replica in replicas if replica.state == "ready"]
     if not urls:
         raise EvaluationError("no rollout replica is ready")
-    told = 0.0
 
-    def tell(done: int, total: int, accuracy: float) -> None:
-        nonlocal told
-        if done / total >= told + REPORT_EVERY or done == total:
-            told = done / total
-            print(f"evaluation ({label}): {done}/{total} dialogues, solved {100 * accuracy:.1f} %", flush=True)  # noqa: T201
+    def tell(point: Point) -> None:
+        solved = f"{point.num_solved}/{point.num_problems} solved, {100 * point.accuracy:.1f} %"
+        print(f"evaluation ({label}), allowed attempts {point.max_attempts}: {solved}", flush=True)  # noqa: T201
 
     problems = load_problems(config).heldout
     evaluation = await evaluate(urls, problems, config.evaluation, label=label, seed=config.run.seed, report=tell)

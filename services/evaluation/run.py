@@ -30,7 +30,7 @@ async def evaluate(
     *,
     label: str,
     seed: int,
-    report: Callable[[int, int, float], None] = lambda done, total, accuracy: None,
+    report: Callable[[Point], None] = lambda point: None,
 ) -> Evaluation:
     """Accuracy at each of `settings.attempts`, dialogues spread over the replicas at `urls`.
 
@@ -39,7 +39,6 @@ async def evaluate(
     """
     chosen = problems[: settings.problems]
     started = time.monotonic()
-    total, finished = len(chosen) * len(settings.attempts), 0
     limits = httpx.Limits(max_connections=settings.concurrency)
     slots = asyncio.Semaphore(settings.concurrency)
     async with httpx.AsyncClient(timeout=DIALOGUE_TIMEOUT_S, limits=limits) as client:
@@ -63,16 +62,13 @@ async def evaluate(
 
         points = []
         for max_attempts in settings.attempts:
-            verdicts = []
-            for next_done in asyncio.as_completed([ask(i, max_attempts) for i in range(len(chosen))]):
-                verdicts.append([turn["verdict"] for turn in (await next_done)["attempts"]])
-                finished += 1
-                report(finished, total, sum("correct" in v for v in verdicts) / len(verdicts))
-            points.append(_point(max_attempts, verdicts))
+            answers = await asyncio.gather(*(ask(i, max_attempts) for i in range(len(chosen))))
+            points.append(_point(max_attempts, [[a["verdict"] for a in answer["attempts"]] for answer in answers]))
+            report(points[-1])
         if await _one_version(client, urls) != version:
             raise EvaluationError("weights changed during the evaluation; pause training or evaluate a checkpoint")
     seconds = time.monotonic() - started
-    return Evaluation(label, version, settings.temperature, tuple(points), seconds, total / seconds)
+    return Evaluation(label, version, settings.temperature, tuple(points), seconds, len(chosen) * len(points) / seconds)
 
 
 def _point(max_attempts: int, verdicts: Sequence[Sequence[str]]) -> Point:

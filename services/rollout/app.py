@@ -11,7 +11,7 @@ from services.contracts.telemetry import add_health
 from services.contracts.wire import Sampling, Task
 from services.rollout.grader_client import GraderUnavailable
 from services.rollout.replica import ReplicaProcess
-from services.rollout.runner import UnrunnableTask
+from services.rollout.runner import GenerationAborted, UnrunnableTask
 from services.rollout.weight_control import create_router
 
 
@@ -103,7 +103,7 @@ def _public(replica: ReplicaProcess) -> APIRouter:
             trajectory = await replica.runner.run(task)
         except UnrunnableTask as error:
             raise HTTPException(422, str(error)) from error
-        except GraderUnavailable as error:
+        except (GraderUnavailable, GenerationAborted) as error:
             raise HTTPException(503, str(error)) from error
         turns = [
             TurnBody(

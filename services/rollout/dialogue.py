@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.contracts.config import DialogueSection
-from services.contracts.wire import Attempt, FinishReason, Task, Timings, Trajectory, Verdict, VersionSpan
+from services.contracts.wire import (
+    Attempt,
+    FinishReason,
+    Task,
+    Timings,
+    Trajectory,
+    Verdict,
+    VersionSpan,
+    spans_cover_actions,
+)
 from services.rollout.reward import reward
 
 
@@ -99,6 +108,7 @@ class Dialogue:
         logprobs[list(self._logprobs)] = list(self._logprobs.values())
         action_mask = np.zeros(length, dtype=bool)
         action_mask[list(self._logprobs)] = True
+        assert spans_cover_actions(self._spans, action_mask), "version spans do not cover the sampled tokens"
         return Trajectory(
             task_id=self.task.task_id,
             batch=self.task.batch,

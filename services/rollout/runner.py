@@ -3,9 +3,11 @@
 Which dialogues run, and how many at once, is `worker`'s business; the state is `dialogue`'s.
 """
 
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from services.contracts.config import RunConfig
@@ -21,14 +23,26 @@ class UnrunnableTask(ValueError):
     """No replica can ever run this task; says why. It belongs among the dead letters."""
 
 
+class GenerationAborted(RuntimeError):
+    """The engine ended a request that nobody asked it to end (update_mode = "abort"); the task must be run again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What the engine sampled since the last delta."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
-    versions: Sequence[tuple[int, int, int]]  # (version, start, end) over the whole request so far
-    is_last: bool
+
+
+class Generation(Protocol):
+    """One request under way. Iterate it, then `end` it."""
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas as they are sampled; sampled stop tokens are delivered too. Raises GenerationAborted."""
+
+    async def end(self) -> Sequence[tuple[int, int, int]]:
+        """End the request if it has not ended by itself; (version, start, end) over all its tokens."""
 
 
 class Engine(Protocol):
@@ -36,8 +50,8 @@ class Engine(Protocol):
 
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> AsyncIterator[Delta]:
-        """Sample a continuation; closing the iterator ends the request. Sampled stop tokens are delivered too."""
+    ) -> Generation:
+        """Begin to sample a continuation."""
 
 
 class DialogueRunner:
@@ -51,10 +65,12 @@ class DialogueRunner:
         self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._replica_id = replica_id
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
+        self._stops_at_box = config.dialogue.stop_at_box
         self._text = TokenText(tokenizer)
+        self._num_requests = itertools.count()
 
     async def run(self, task: Task) -> Trajectory:
-        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, and what the engine raises."""
+        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, GenerationAborted, and the engine's own."""
         started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
         dialogue = self._open(task)
         while dialogue.finish_reason is None:
@@ -95,31 +111,40 @@ class DialogueRunner:
 
     async def _sample(self, dialogue: Dialogue) -> tuple[Sampled, str]:
         """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""
+        while True:
+            sampled = await self._request(dialogue)
+            if sampled is not None:
+                return sampled, self._text.decode(sampled.token_ids)
+
+    async def _request(self, dialogue: Dialogue) -> Sampled | None:
+        """Sample the attempt; None when a weight swap ended it: it then begins anew, wholly on the new weights."""
         scanner, decoder = BoxScanner(), PieceDecoder(self._text)
         token_ids: list[int] = []
         logprobs: list[float] = []
-        versions: Sequence[tuple[int, int, int]] = ()
         boxed = closed = False
+        request_id = f"{dialogue.task.task_id}-{next(self._num_requests)}"
         stream = self._engine.generate(
             dialogue.token_ids,
             max_tokens=dialogue.budget,
             seed=dialogue.seed,
             sampling=dialogue.task.sampling,
             stop_ids=self._stop_ids,
+            request_id=request_id,
         )
         async for delta in stream:
-            versions = delta.versions
-            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-                token_ids.append(token_id)
-                logprobs.append(logprob)
-                closed = token_id in self._stop_ids
-                boxed = not closed and scanner.feed(decoder.feed(token_id)) and self._settings.stop_at_box
-                if closed or boxed:
-                    break
-            if closed or boxed or delta.is_last:
-                break
-        await stream.aclose()  # type: ignore[attr-defined] # ends the request in the engine at once
+            if not boxed and not closed:  # else it brings what was sampled before the abort came through: dropped
+                for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+                    token_ids.append(token_id)
+                    logprobs.append(logprob)
+                    closed = token_id in self._stop_ids
+                    boxed = not closed and self._stops_at_box and scanner.feed(decoder.feed(token_id))
+                    if closed or boxed:
+                        break
+                if boxed and delta.ending is None:
+                    await self._engine.abort(request_id)  # the engine tells the versions only in the last delta
+            versions, ending = delta.versions, delta.ending
+        if ending is Ending.ABORTED and not boxed and not closed:
+            return None
         kept = len(token_ids)
         spans = [(v, start, min(end, kept)) for v, start, end in versions if start < kept]
-        sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
-        return sampled, self._text.decode(token_ids)
+        return Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)

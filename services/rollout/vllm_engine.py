@@ -13,9 +13,10 @@ from typing import Any
 
 from services.contracts.config import RunConfig
 from services.contracts.wire import Sampling
-from services.rollout.runner import Delta
+from services.rollout.runner import Delta, GenerationAborted
 
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
+BATCHED_TOKENS = 8192  # prefilled in one step on a CPU
 RPC_TIMEOUT_S = 10.0
 # Read by vLLM when it is imported. The worker lives in the engine's process: no busy-waiting between the two. Threads
 # are not pinned: "auto" would pin every replica to the same core.
@@ -28,6 +29,47 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+class VllmGeneration:
+    """One request under way; see runner.Generation."""
+
+    def __init__(self, async_llm: Any, token_ids: list[int], parameters: Any, request_id: str) -> None:
+        self._async_llm, self._request_id = async_llm, request_id
+        self._outputs = async_llm.generate({"prompt_token_ids": token_ids}, parameters, request_id)
+        self._spans: list[tuple[int, int, int]] | None = None  # known once it has ended
+        self._is_ending = False
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas as they come."""
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta."""
+        if self._spans is not None:
+            raise StopAsyncIteration
+        output = await anext(self._outputs)
+        sampled = output.outputs[0]
+        if output.finished:
+            self._spans = [(int(span.version), span.start, span.end) for span in sampled.weight_versions or []]
+            if sampled.finish_reason == "abort" and not self._is_ending:
+                raise GenerationAborted("the engine aborted the request")
+        flat = sampled.logprobs
+        return Delta(list(sampled.token_ids), [flat.logprobs[i] for i in flat.start_indices] if flat else [])
+
+    async def end(self) -> Sequence[tuple[int, int, int]]:
+        """Abort if need be; vLLM tells the weight versions only with the last output."""
+        if self._spans is None:
+            self._is_ending = True
+            await self._async_llm.abort(self._request_id)
+            await self.drain()
+        assert self._spans is not None
+        return self._spans
+
+    async def drain(self) -> None:
+        """Take what is left."""
+        async for _ in self:
+            pass
 
 
 class VllmEngine:
@@ -64,9 +106,7 @@ class VllmEngine:
         register()
         settings, on_gpu = self._config.rollout, self._on_gpu()
         where: dict[str, Any] = (
-            {"gpu_memory_utilization": settings.gpu_memory_utilization}
-            if on_gpu
-            else {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK_TOKENS}
+            {"gpu_memory_utilization": settings.gpu_memory_utilization} if on_gpu else self._cpu_arguments()
         )
         arguments = AsyncEngineArgs(
             model=str(self._model),
@@ -89,13 +129,12 @@ class VllmEngine:
         self.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._model)
         self.async_llm = AsyncLLM.from_engine_args(arguments)
         await self.async_llm.update_weight_version(str(self.version))
-        async for _ in self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()):
-            pass
+        await self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
 
-    async def generate(
+    def generate(
         self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> AsyncIterator[Delta]:
-        """Sample a continuation as it comes; closing the iterator aborts the request."""
+    ) -> "VllmGeneration":
+        """Begin to sample a continuation."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         defaults = self._config.sampling
@@ -111,22 +150,7 @@ class VllmEngine:
             stop_token_ids=sorted(stop_ids),
             output_kind=RequestOutputKind.DELTA,
         )
-        request_id = str(next(self._ids))
-        prompt = {"prompt_token_ids": list(token_ids)}
-        finished = False
-        try:
-            async for output in self.async_llm.generate(prompt, parameters, request_id):
-                sampled, finished = output.outputs[0], output.finished
-                flat = sampled.logprobs
-                yield Delta(
-                    token_ids=list(sampled.token_ids),
-                    logprobs=[flat.logprobs[i] for i in flat.start_indices] if flat else [],
-                    versions=[(int(span.version), span.start, span.end) for span in sampled.weight_versions or []],
-                    is_last=finished,
-                )
-        finally:
-            if not finished:
-                await self.async_llm.abort(request_id)
+        return VllmGeneration(self.async_llm, list(token_ids), parameters, str(next(self._ids)))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it, at temperature 1; the first has none (NaN)."""
@@ -167,6 +191,16 @@ class VllmEngine:
         """End the engine's processes."""
         if self.async_llm is not None:
             self.async_llm.shutdown()
+
+    def _cpu_arguments(self) -> dict[str, Any]:
+        return {
+            "kv_cache_memory_bytes": self._config.rollout.kv_cache_mb << 20,
+            "block_size": BLOCK_TOKENS,
+            # Prompts are prefilled whole: after part of one, vLLM 0.32 rewinds a seeded request's generator, and a CPU
+            # generator cannot be rewound ("CPU Generator does not use offset"): the engine would die.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, self._config.model.max_model_len),
+        }
 
     def _on_gpu(self) -> bool:
         import torch

@@ -15,7 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.contracts.ledger import Claim, Ledger
 from services.contracts.wire import Task, Trajectory
 from services.rollout.grader_client import GraderUnavailable
-from services.rollout.runner import UnrunnableTask
+from services.rollout.runner import GenerationAborted, UnrunnableTask
 
 IDLE_S = 0.05  # between looks at an empty ledger
 BUSY_S = 0.01  # between looks when full: dialogues end one by one
@@ -105,6 +105,9 @@ class Worker:
             log.warning("task released", extra={"task_id": claim.task.task_id, "reason": str(error)})
             DIALOGUES.labels("released").inc()
             await asyncio.sleep(RELEASE_PAUSE_S)
+        except GenerationAborted:
+            await self._ledger.release(self._replica_id, claim.entry_id)
+            DIALOGUES.labels("aborted").inc()
         else:
             completed = await self._ledger.complete(claim.entry_id, trajectory)
             DIALOGUES.labels("completed" if completed else "duplicate").inc()

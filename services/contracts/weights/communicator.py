@@ -128,7 +128,8 @@ def join_group(join: Join, *, device: torch.device, store: TCPStore | None = Non
     """
     if store is None:
         try:
-            store = TCPStore(join.host, join.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=join.rendezvous_s))
+            patience = timedelta(seconds=join.rendezvous_s)
+            store = TCPStore(join.host, join.port, is_master=False, wait_for_workers=False, timeout=patience)
         except RuntimeError as error:
             raise TransferError(f"no sender at {join.host}:{join.port}: {error}") from error
     if join.transport == "nccl":
