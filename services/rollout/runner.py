@@ -3,11 +3,9 @@
 Which dialogues run, and how many at once, is `worker`'s business; the state is `dialogue`'s.
 """
 
-import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Protocol
 
 from services.contracts.config import RunConfig
@@ -65,12 +63,10 @@ class DialogueRunner:
         self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._replica_id = replica_id
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
-        self._stops_at_box = config.dialogue.stop_at_box
         self._text = TokenText(tokenizer)
-        self._num_requests = itertools.count()
 
     async def run(self, task: Task) -> Trajectory:
-        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, GenerationAborted, and the engine's own."""
+        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, GenerationAborted and engine errors."""
         started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
         dialogue = self._open(task)
         while dialogue.finish_reason is None:
@@ -111,40 +107,28 @@ class DialogueRunner:
 
     async def _sample(self, dialogue: Dialogue) -> tuple[Sampled, str]:
         """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""
-        while True:
-            sampled = await self._request(dialogue)
-            if sampled is not None:
-                return sampled, self._text.decode(sampled.token_ids)
-
-    async def _request(self, dialogue: Dialogue) -> Sampled | None:
-        """Sample the attempt; None when a weight swap ended it: it then begins anew, wholly on the new weights."""
         scanner, decoder = BoxScanner(), PieceDecoder(self._text)
         token_ids: list[int] = []
         logprobs: list[float] = []
         boxed = closed = False
-        request_id = f"{dialogue.task.task_id}-{next(self._num_requests)}"
-        stream = self._engine.generate(
+        generation = self._engine.generate(
             dialogue.token_ids,
             max_tokens=dialogue.budget,
             seed=dialogue.seed,
             sampling=dialogue.task.sampling,
             stop_ids=self._stop_ids,
-            request_id=request_id,
         )
-        async for delta in stream:
-            if not boxed and not closed:  # else it brings what was sampled before the abort came through: dropped
-                for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-                    token_ids.append(token_id)
-                    logprobs.append(logprob)
-                    closed = token_id in self._stop_ids
-                    boxed = not closed and self._stops_at_box and scanner.feed(decoder.feed(token_id))
-                    if closed or boxed:
-                        break
-                if boxed and delta.ending is None:
-                    await self._engine.abort(request_id)  # the engine tells the versions only in the last delta
-            versions, ending = delta.versions, delta.ending
-        if ending is Ending.ABORTED and not boxed and not closed:
-            return None
+        async for delta in generation:
+            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+                token_ids.append(token_id)
+                logprobs.append(logprob)
+                closed = token_id in self._stop_ids
+                boxed = not closed and scanner.feed(decoder.feed(token_id)) and self._settings.stop_at_box
+                if closed or boxed:
+                    break
+            if closed or boxed:
+                break
         kept = len(token_ids)
-        spans = [(v, start, min(end, kept)) for v, start, end in versions if start < kept]
-        return Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
+        spans = [(v, start, min(end, kept)) for v, start, end in await generation.end() if start < kept]
+        sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
+        return sampled, self._text.decode(token_ids)
