@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
+MAX_PENDING = 4  # tokens: a UTF-8 character has at most four bytes
 
 
 class TokenText:
@@ -34,14 +35,18 @@ class PieceDecoder:
     def __init__(self, text: TokenText) -> None:
         self._text = text
         self._pending: list[int] = []
+        self._given = 0  # characters of the pending tokens' text that came out already
 
     def feed(self, token_id: int) -> str:
         """Take the next token; returns the text that is complete now, often that token's, sometimes nothing."""
         if not self._pending and REPLACEMENT not in (piece := self._text.piece(token_id)):
             return piece
         self._pending.append(token_id)
-        text = self._text.decode(self._pending)
-        if text.endswith(REPLACEMENT) and len(self._pending) < 4:  # a UTF-8 character has at most four bytes
-            return ""
+        text, given = self._text.decode(self._pending), self._given
+        if text.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING:
+            whole = text.rstrip(REPLACEMENT)  # a token may end one character and begin another
+            self._given = max(given, len(whole))
+            return whole[given:]
         self._pending.clear()
-        return text
+        self._given = 0
+        return text[given:]
