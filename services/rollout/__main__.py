@@ -87,6 +87,7 @@ def _listen(config: RunConfig, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.rollout.host, port))
+        listener.listen()  # now: a port that is only bound could be bound by a second replica too
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -70,7 +70,7 @@ def create_app(replica: ReplicaProcess) -> FastAPI:
     add_health(app, ready=lambda: replica.trouble)
     app.include_router(_public(replica))
     guarded = Depends(_bearer(replica.config.rollout.control_token))
-    app.include_router(_control(replica), dependencies=[guarded])
+    app.include_router(_control(replica), dependencies=[guarded, Depends(_running(replica))])
     app.include_router(create_router(replica.engine), dependencies=[guarded])
 
     @app.exception_handler(HTTPException)
@@ -161,6 +161,16 @@ def _control(replica: ReplicaProcess) -> APIRouter:
         return {"logprobs": [None, *logprobs[1:]], "version": replica.engine.version}
 
     return router
+
+
+def _running(replica: ReplicaProcess) -> Any:
+    """A dependency that wants a replica whose engine works."""
+
+    def check() -> None:
+        if replica.trouble:
+            raise HTTPException(503, replica.trouble)
+
+    return check
 
 
 def _bearer(token: str) -> Any:

@@ -35,7 +35,7 @@ class Grader(Protocol):
 
 
 class HttpGrader:
-    """`POST /v1/grade`, with back-off on refused connections and on 5xx, until `timeout_s` has passed."""
+    """`POST /v1/grade`, with back-off on lost connections, 5xx and 429, until `timeout_s` has passed."""
 
     def __init__(self, url: str, *, timeout_s: float, transport: httpx.AsyncBaseTransport | None = None) -> None:
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
@@ -48,8 +48,9 @@ class HttpGrader:
         body = {"response": response, "gold": list(gold), "extraction": "boxed"}
         while True:
             try:
-                answer = await self._client.post("/v1/grade", json=body)
-                if not answer.is_server_error:
+                patience_s = max(0.0, min(REQUEST_TIMEOUT_S, deadline - time.monotonic()))
+                answer = await self._client.post("/v1/grade", json=body, timeout=patience_s)
+                if not (answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS):
                     fields = answer.raise_for_status().json()
                     return Grade(Verdict(fields["verdict"]), fields["extracted"], fields["elapsed_ms"])
                 reason = f"{answer.status_code}"

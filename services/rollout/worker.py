@@ -19,7 +19,7 @@ from services.rollout.runner import GenerationAborted, UnrunnableTask
 
 IDLE_S = 0.05  # between looks at an empty ledger
 BUSY_S = 0.01  # between looks when full: dialogues end one by one
-RELEASE_PAUSE_S = 1.0  # after a grader deadline, before the next claim
+RELEASE_PAUSE_S = 1.0  # no claims after a grader deadline: other tasks would meet the same grader
 
 IN_FLIGHT = Gauge("multiattempt_rollout_dialogues_in_flight", "Dialogues of the ledger running now")
 DIALOGUES = Counter("multiattempt_rollout_dialogues_total", "Dialogues of the ledger ended", ["outcome"])
@@ -53,6 +53,7 @@ class Worker:
         self._replica_id, self._version = replica_id, version
         self._max_in_flight, self._lease_s = max_in_flight, lease_s
         self._running: dict[str, asyncio.Task[None]] = {}  # by the task's entry in the ledger
+        self._claims_from = 0.0  # on the monotonic clock
         self.is_draining = False
 
     @property
@@ -74,6 +75,7 @@ class Worker:
             renewing.cancel()
             for running in self._running.values():
                 running.cancel()  # their leases run out, and others take them
+            await asyncio.gather(renewing, *self._running.values(), return_exceptions=True)
 
     def drain(self) -> None:
         """Claim nothing more; `run` returns when the dialogues in flight have ended."""
@@ -81,10 +83,13 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Fill the free places; whether anything is running."""
-        free = 0 if self.is_draining else self._max_in_flight - len(self._running)
+        is_closed = self.is_draining or time.monotonic() < self._claims_from
+        free = 0 if is_closed else self._max_in_flight - len(self._running)
         if free > 0:
             for claim in await self._ledger.claim(self._replica_id, self._version(), free):
-                self._running[claim.entry_id] = asyncio.create_task(self._run_one(claim))
+                running = self._running.get(claim.entry_id)
+                if running is None or running.done():  # else its lease ran out here and was taken again: it goes on
+                    self._running[claim.entry_id] = asyncio.create_task(self._run_one(claim))
         IN_FLIGHT.set(len(self._running))
         return bool(self._running)
 
@@ -104,7 +109,7 @@ class Worker:
             await self._ledger.release(self._replica_id, claim.entry_id)
             log.warning("task released", extra={"task_id": claim.task.task_id, "reason": str(error)})
             DIALOGUES.labels("released").inc()
-            await asyncio.sleep(RELEASE_PAUSE_S)
+            self._claims_from = time.monotonic() + RELEASE_PAUSE_S
         except GenerationAborted:
             await self._ledger.release(self._replica_id, claim.entry_id)
             DIALOGUES.labels("aborted").inc()
