@@ -184,7 +184,7 @@ def _settings(
     }
     if config.offload_optimizer and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own throughput log reads it
         "gradient_accumulation_steps": 1,  # the boundary is set by hand
         "bf16": {"enabled": dtype is torch.bfloat16},
@@ -193,6 +193,10 @@ def _settings(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if dtype is torch.bfloat16 and stage > 0:
+        # By default micro-batches add up in bf16: over 64 of them the gradient's norm was 0.4 % off. ZeRO-0 cannot.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def _grouped(params: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
