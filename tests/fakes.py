@@ -1,0 +1,137 @@
+"""Stand-ins for the rollout service's neighbours: real small classes with a script, no patching."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from services.contracts.ledger import Claim
+from services.contracts.wire import Sampling, Task, Trajectory, Verdict
+from services.rollout.grader_client import Grade, GraderUnavailable
+from services.rollout.runner import Delta, GenerationAborted
+
+ABORTED = "aborted"  # in an engine's script: somebody else ends the request
+
+
+def make_task(task_id: int = 0, *, problem: str = "1+1", gold: tuple[str, ...] = ("2",), attempts: int = 3) -> Task:
+    return Task(task_id=task_id, batch=0, problem=problem, gold=gold, max_attempts=attempts, seed=7)
+
+
+class FakeGeneration:
+    """Delivers a script of tokens, `chunk` at a time; the log-probability of the i-th is -(i + 1)."""
+
+    def __init__(self, token_ids: Sequence[int], *, chunk: int, swap_at: int | None, is_aborted: bool) -> None:
+        self._token_ids, self._chunk, self._swap_at, self._is_aborted = token_ids, chunk, swap_at, is_aborted
+        self.num_delivered = 0
+        self.has_ended = False
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for start in range(0, len(self._token_ids), self._chunk):
+            await asyncio.sleep(0)
+            tokens = self._token_ids[start : start + self._chunk]
+            self.num_delivered += len(tokens)
+            yield Delta(tokens, [-float(i + 1) for i in range(start, start + len(tokens))])
+        if self._is_aborted:
+            raise GenerationAborted("by the script")
+
+    async def end(self) -> list[tuple[int, int, int]]:
+        self.has_ended = True
+        n, swap = self.num_delivered, self._swap_at
+        if swap is None or swap >= n:
+            return [(0, 0, n)] if n else []
+        return [(0, 0, swap), (1, swap, n)]
+
+
+class FakeEngine:
+    """Answers the k-th request with the k-th entry of its script, cut off like an engine would.
+
+    swap_at: new weights arrive before this token of every request.
+    """
+
+    def __init__(self, script: Sequence[Sequence[int] | str], *, chunk: int = 1, swap_at: int | None = None) -> None:
+        self._script, self._chunk, self._swap_at = list(script), chunk, swap_at
+        self.prompts: list[list[int]] = []
+        self.seeds: list[int] = []
+        self.generations: list[FakeGeneration] = []
+
+    def generate(
+        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
+    ) -> FakeGeneration:
+        entry = self._script[len(self.prompts)]
+        self.prompts.append(list(token_ids))
+        self.seeds.append(seed)
+        sampled: list[int] = []
+        for token in () if isinstance(entry, str) else entry[:max_tokens]:
+            sampled.append(token)
+            if token in stop_ids:
+                break
+        generation = FakeGeneration(
+            sampled, chunk=self._chunk, swap_at=self._swap_at, is_aborted=isinstance(entry, str)
+        )
+        self.generations.append(generation)
+        return generation
+
+
+class FakeGrader:
+    """Gives its scripted verdicts in turn; None: it cannot be reached."""
+
+    def __init__(self, *verdicts: Verdict | None) -> None:
+        self._verdicts = list(verdicts)
+        self.responses: list[str] = []
+
+    async def grade(self, response: str, gold: tuple[str, ...]) -> Grade:
+        await asyncio.sleep(0)
+        self.responses.append(response)
+        verdict = self._verdicts.pop(0)
+        if verdict is None:
+            raise GraderUnavailable("by the script")
+        return Grade(verdict, None if verdict is Verdict.NO_ANSWER else "3", 1.5)
+
+
+class MemoryLedger:
+    """The tasks' side of a ledger in memory: leases do not run out by themselves, `expire` makes them."""
+
+    def __init__(self, *tasks: Task, floor: int = 0) -> None:
+        self.waiting = [Claim(task, f"{task.task_id + 1}-0", 1) for task in tasks]
+        self.leased: dict[str, tuple[str, Claim]] = {}
+        self.floor = floor
+        self.completed: list[Trajectory] = []
+        self.buried: list[tuple[Task, str]] = []
+        self.renewals: list[list[str]] = []
+        self.num_released = 0
+
+    async def open(self) -> None:
+        pass
+
+    async def claim(self, consumer: str, version: int, n: int) -> list[Claim]:
+        if version < self.floor:
+            return []
+        claims, self.waiting = self.waiting[:n], self.waiting[n:]
+        self.leased.update({claim.entry_id: (consumer, claim) for claim in claims})
+        return claims
+
+    async def renew(self, consumer: str, entry_ids: Sequence[str]) -> list[str]:
+        self.renewals.append(list(entry_ids))
+        return [entry_id for entry_id in entry_ids if self.leased.get(entry_id, ("",))[0] == consumer]
+
+    async def release(self, consumer: str, entry_id: str) -> bool:
+        self.num_released += 1
+        self.expire(entry_id)
+        return True
+
+    async def complete(self, entry_id: str, trajectory: Trajectory) -> bool:
+        if self.leased.pop(entry_id, None) is None:
+            return False
+        self.completed.append(trajectory)
+        return True
+
+    async def bury(self, entry_id: str, task: Task, reason: str) -> bool:
+        self.leased.pop(entry_id, None)
+        self.buried.append((task, reason))
+        return True
+
+    def expire(self, entry_id: str, *, taken_by: str | None = None) -> None:
+        """The lease has run out: the task waits again, or another consumer has it."""
+        _, claim = self.leased.pop(entry_id)
+        if taken_by is None:
+            self.waiting.append(claim)
+        else:
+            self.leased[entry_id] = (taken_by, claim)

@@ -1,0 +1,126 @@
+"""One dialogue with a scripted engine and grader: where attempts end, what is trained, what is graded."""
+
+import pytest
+from fakes import ABORTED, FakeEngine, FakeGrader, make_task
+
+from services.contracts.config import load
+from services.contracts.template import end_of_turn_ids
+from services.contracts.wire import FinishReason, Verdict, spans_cover_actions
+from services.learner.arithmetic_model import build_tokenizer
+from services.rollout.grader_client import GraderUnavailable
+from services.rollout.runner import DialogueRunner, GenerationAborted, UnrunnableTask
+
+CORRECT, WRONG, NO_ANSWER = Verdict.CORRECT, Verdict.INCORRECT, Verdict.NO_ANSWER
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def ids(tokenizer):
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture
+def make_runner(tokenizer):
+    def make(engine, grader, *flags):
+        config = load(None, ["--dialogue.system_prompt=", *flags], env={})
+        return DialogueRunner(config, engine=engine, grader=grader, tokenizer=tokenizer, replica_id="r")
+
+    return make
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 50])
+async def test_an_attempt_ends_at_the_token_that_closes_the_box(make_runner, ids, tokenizer, chunk):
+    engine, grader = FakeEngine([ids("so \\boxed{3} and more")], chunk=chunk), FakeGrader(CORRECT)
+    trajectory = await make_runner(engine, grader).run(make_task())
+    assert grader.responses == ["so \\boxed{3}"]
+    assert tokenizer.decode(trajectory.token_ids[trajectory.action_mask]) == "so \\boxed{3}"
+    assert engine.generations[0].has_ended
+    assert spans_cover_actions(trajectory.versions, trajectory.action_mask)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+async def test_versions_are_cut_with_the_tokens(make_runner, ids, chunk):
+    engine = FakeEngine([ids("\\boxed{3} and more")], chunk=chunk, swap_at=2)
+    trajectory = await make_runner(engine, FakeGrader(CORRECT)).run(make_task())
+    start = trajectory.attempts[0].start
+    assert [(s.version, s.start - start, s.end - start) for s in trajectory.versions] == [(0, 0, 2), (1, 2, 3)]
+
+
+async def test_a_sampled_end_of_turn_is_trained_and_not_spliced_in_again(make_runner, ids, tokenizer):
+    config = load(None, [], env={})
+    [end] = ids("<|im_end|>")
+    assert end in end_of_turn_ids(tokenizer, config.dialogue)
+    engine = FakeEngine([[*ids("none"), end], ids("\\boxed{2}")], chunk=2)
+    trajectory = await make_runner(engine, FakeGrader(NO_ANSWER, CORRECT)).run(make_task())
+    attempt = trajectory.attempts[0]
+    assert trajectory.token_ids[attempt.end - 1] == end
+    assert trajectory.action_mask[attempt.end - 1]
+    assert trajectory.token_ids[attempt.end] != end
+    assert not trajectory.action_mask[attempt.end]
+
+
+async def test_an_end_of_turn_spliced_in_after_a_box_is_not_trained(make_runner, ids):
+    engine = FakeEngine([ids("\\boxed{3}"), ids("\\boxed{2}")])
+    trajectory = await make_runner(engine, FakeGrader(WRONG, CORRECT)).run(make_task())
+    [end] = ids("<|im_end|>")
+    attempt = trajectory.attempts[0]
+    assert trajectory.token_ids[attempt.end] == end
+    assert not trajectory.action_mask[attempt.end]
+
+
+async def test_the_second_prompt_is_the_first_one_the_attempt_and_honest_feedback(make_runner, ids, tokenizer):
+    engine = FakeEngine([ids("\\boxed{3}!!"), ids("\\boxed{2}")], chunk=50)
+    trajectory = await make_runner(engine, FakeGrader(WRONG, CORRECT)).run(make_task(attempts=2))
+    first, second = engine.prompts
+    assert second[: len(first) + 3] == first + ids("\\boxed{3}")
+    assert "You have 1 attempt left" in tokenizer.decode(second[len(first) :])
+    assert trajectory.token_ids.tolist() == second + ids("\\boxed{2}")
+    assert engine.seeds == [7, 8]
+
+
+async def test_without_stop_at_box_the_attempt_runs_on(make_runner, ids):
+    engine, grader = FakeEngine([ids("\\boxed{3} or \\boxed{4}")]), FakeGrader(CORRECT)
+    await make_runner(engine, grader, "--dialogue.stop_at_box=false").run(make_task())
+    assert grader.responses == ["\\boxed{3} or \\boxed{4}"]
+
+
+async def test_a_spent_budget_ends_the_dialogue(make_runner, ids):
+    engine = FakeEngine([ids("thinking on and on")])
+    trajectory = await make_runner(engine, FakeGrader(NO_ANSWER), "--dialogue.tokens_per_dialogue=5").run(make_task())
+    assert trajectory.finish_reason is FinishReason.LENGTH
+    assert trajectory.action_mask.sum() == 5
+
+
+async def test_a_prompt_without_room_for_one_token_can_never_run(make_runner, ids):
+    exact = FakeEngine([ids("x")])
+    await make_runner(exact, FakeGrader(NO_ANSWER)).run(make_task(attempts=1))
+    length = len(exact.prompts[0])
+    with pytest.raises(UnrunnableTask, match=f"the prompt has {length} tokens, the context is {length}"):
+        await make_runner(FakeEngine([]), FakeGrader(), f"--model.max_model_len={length}").run(make_task())
+    engine = FakeEngine([ids("xyz")])
+    trajectory = await make_runner(engine, FakeGrader(NO_ANSWER), f"--model.max_model_len={length + 1}").run(
+        make_task()
+    )
+    assert trajectory.action_mask.sum() == 1
+
+
+async def test_a_gold_answer_nobody_can_parse_can_never_run(make_runner, ids):
+    runner = make_runner(FakeEngine([ids("\\boxed{3}")]), FakeGrader(Verdict.UNPARSABLE_GOLD))
+    with pytest.raises(UnrunnableTask, match="gold"):
+        await runner.run(make_task())
+
+
+async def test_a_grader_that_is_away_gives_no_trajectory(make_runner, ids):
+    with pytest.raises(GraderUnavailable):
+        await make_runner(FakeEngine([ids("\\boxed{3}")]), FakeGrader(None)).run(make_task())
+
+
+async def test_an_attempt_that_somebody_else_ended_is_not_judged(make_runner):
+    grader = FakeGrader()
+    with pytest.raises(GenerationAborted):
+        await make_runner(FakeEngine([ABORTED]), grader).run(make_task())
+    assert grader.responses == []
