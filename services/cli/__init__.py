@@ -2,7 +2,9 @@
 
 __main__    arguments, and which command they mean
 preflight   everything that can be known to be wrong before anything starts
-launcher    starts the services of one run in order, keeps them alive, stops them
+launcher    one run, in order
+supervisor  processes: kept alive, stopped, none left behind
+store       the embedded Valkey of a run, kept alive
 services    what each process is called with: command, environment, readiness
 watchdog    stops what the launcher started should the launcher itself be killed
 progress    what the user sees while it runs

@@ -3,13 +3,22 @@
 import argparse
 import asyncio
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_CONFIG = 2
 SERVICES = ("grader", "rollout", "learner")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_CONFIG, f"multiattempt: error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,15 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 return run_doctor()
             case _:
-                parser.print_help()
-                return EXIT_CONFIG
+                parser.error("a command is missing")
     except ConfigError as error:
         print(f"multiattempt: error: {error}", file=sys.stderr)
         return EXIT_CONFIG
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="multiattempt", description="Multi-attempt reinforcement learning.")
+    parser = _Parser(prog="multiattempt", description="Multi-attempt reinforcement learning.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     train = commands.add_parser("train", help="run an experiment on this machine", allow_abbrev=False)
     train.add_argument("config", type=Path, help="TOML file; any setting can follow as --section.key value")
@@ -53,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run one service", allow_abbrev=False, add_help=False)
     serve.add_argument("service", choices=SERVICES, help="arguments after it go to the service")
     status = commands.add_parser("status", help="look at a run")
-    status.add_argument("run", type=Path, help="the run's folder, runs/<name>")
+    status.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
     plot = commands.add_parser("plot", help="draw a run's plots and print its table")
     plot.add_argument("run", type=Path, help="the run's folder, runs/<name>")
     commands.add_parser("doctor", help="check this machine")
@@ -67,7 +75,7 @@ def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
 
     config = load(path, overrides)
     check(config, resume=resume)
-    command = f"multiattempt train {path} {' '.join(overrides)}".rstrip()
+    command = shlex.join(["multiattempt", "train", str(path), *overrides])
     return asyncio.run(launch(config, resume=resume, command=command))
 
 

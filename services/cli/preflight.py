@@ -11,22 +11,21 @@ from services.contracts.store import connect
 
 MIN_MEMORY_GB = 3.0  # engine, learner and grader of the smallest model, measured
 MIN_DISK_GB = 1.0
+REPLICA_GB = 1.0  # each further engine process before its weights
+# Copies of the weights file: one in each replica, and in the learner actor, critic, reference, their gradients and
+# AdamW's two moments. Low on purpose: it stops only what cannot work.
+LEARNER_COPIES = 6
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def check(config: RunConfig, *, resume: bool) -> None:
     """Raise ConfigError for the first thing that would make the run fail."""
     _check_run_folder(config, resume=resume)
-    _check_memory()
     _check_disk(config.run_dir)
     _check_model(config)
+    check_memory(config, available_gb=available_memory_gb())
     load_problems(config)
-    for name, host, port in (
-        ("grader.port", config.grader.host, config.grader.port),
-        ("rollout.port", config.rollout.host, config.rollout.port),
-        ("learner.metrics_port", "127.0.0.1", config.learner.metrics_port),
-    ):
-        if port:
-            _check_port(name, host, port)
+    _check_ports(config)
     if config.redis.url:
         asyncio.run(_check_redis(config.redis.url))
 
@@ -35,6 +34,42 @@ def has_checkpoints(run_dir: Path) -> bool:
     """Whether the run has something to go on from."""
     folder = run_dir / "checkpoints"
     return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def available_memory_gb(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = CGROUP) -> float:
+    """What new processes can use without swapping: the machine's, or the container's where that is less."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) / 2**20
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return available  # no limit of ours to see
+    if limit == "max":
+        return available
+    return min(available, (int(limit) - used + int(stat.get("inactive_file", 0))) / 2**30)
+
+
+def check_memory(config: RunConfig, *, available_gb: float) -> None:
+    """Raise ConfigError when the run cannot fit into the host's memory."""
+    needed_gb = MIN_MEMORY_GB + (config.rollout.replicas - 1) * REPLICA_GB
+    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) and "cpu" not in (config.rollout.device, config.learner.device)
+    if not on_gpu:
+        needed_gb += config.rollout.replicas * config.rollout.kv_cache_mb / 1024
+        needed_gb += _weights_gb(config) * (config.rollout.replicas + LEARNER_COPIES)
+    if available_gb < needed_gb:
+        raise ConfigError(
+            f"memory: {available_gb:.1f} GB available, about {needed_gb:.1f} GB are needed; close other programs, "
+            f"or choose a smaller model.path, rollout.replicas or rollout.kv_cache_mb"
+        )
+
+
+def _weights_gb(config: RunConfig) -> float:
+    folder = Path(config.model.path).expanduser()
+    if config.model.source != "pretrained" or not folder.is_dir():
+        return 0.0
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
 
 
 def _check_run_folder(config: RunConfig, *, resume: bool) -> None:
@@ -48,23 +83,10 @@ def _check_run_folder(config: RunConfig, *, resume: bool) -> None:
         raise ConfigError(f"--resume: there is no checkpoint under {config.run_dir}; leave --resume out to begin")
 
 
-def _check_memory() -> None:
-    available_gb = _available_memory_gb()
-    if available_gb < MIN_MEMORY_GB:
-        raise ConfigError(
-            f"memory: {available_gb:.1f} GB available, at least {MIN_MEMORY_GB:g} GB are needed; close other programs"
-        )
-
-
-def _available_memory_gb() -> float:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 2**20
-    raise ConfigError("memory: /proc/meminfo does not say how much is available")
-
-
 def _check_disk(folder: Path) -> None:
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir: {existing} is a file; choose a folder")
     free_gb = shutil.disk_usage(existing).free / 2**30
     if free_gb < MIN_DISK_GB:
         raise ConfigError(f"run.dir: {free_gb:.1f} GB free at {existing}, at least {MIN_DISK_GB:g} GB are needed")
@@ -80,6 +102,23 @@ def _check_model(config: RunConfig) -> None:
     looks_local = folder.is_absolute() or path.startswith(".") or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {path}: no config.json there; not a Hugging Face model folder")
+
+
+def _check_ports(config: RunConfig) -> None:
+    grader, rollout, learner = config.grader, config.rollout, config.learner
+    wanted = [] if grader.url or not grader.port else [("grader.port", grader.host, grader.port)]
+    if rollout.port:
+        wanted += [("rollout.port", rollout.host, rollout.port + i) for i in range(rollout.replicas)]
+    if learner.metrics_port:
+        wanted.append(("learner.metrics_port", "127.0.0.1", learner.metrics_port))
+    taken: dict[int, str] = {}
+    for name, host, port in wanted:
+        if port > 65535:
+            raise ConfigError(f"{name}: {port} is no port; with {rollout.replicas} replicas begin lower")
+        if port in taken:
+            raise ConfigError(f"{name}: {port} is also {taken[port]}; choose another, or 0 for any")
+        taken[port] = name
+        _check_port(name, host, port)
 
 
 def _check_port(name: str, host: str, port: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +10,29 @@ from services.contracts.config import RunConfig
 
 GRADER_READY_S = 60.0
 ROLLOUT_READY_S = 600.0  # a large model on a slow disk
-# libgomp's default spinning collapses under any competitor on the same cores (platform measurements: a twelfth).
 ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+# libgomp's default spinning collapses under any competitor on the same cores (platform measurements: a twelfth).
+# Not for the learner: it chooses by its staleness, and this variable would overrule its OMP_WAIT_POLICY.
+SPIN_SHORTLY = {"GOMP_SPINCOUNT": "10000"}
+
+Programs = Mapping[str, tuple[str, ...]]
+PROGRAMS: Programs = {
+    "prepare": (sys.executable, "-m", "services.learner.prepare"),
+    "grader": (sys.executable, "-m", "services.grader"),
+    "rollout": (sys.executable, "-m", "services.rollout"),
+    "learner": (sys.executable, "-m", "services.learner"),
+    "evaluation": (sys.executable, "-m", "services.evaluation"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process that is kept alive."""
+    """One process."""
 
     name: str
     command: tuple[str, ...]
@@ -31,9 +41,72 @@ class Service:
     ready_s: float = 0.0
 
 
-def environment(config: RunConfig, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The launcher's own environment with what every service needs. Offline unless the run uses a hub."""
-    merged = {**ENVIRONMENT, **os.environ, **(extra or {})}
+class Plan:
+    """The services of one run. config: resolved; path: its file; programs: what starts each kind of process."""
+
+    def __init__(self, config: RunConfig, path: Path, programs: Programs = PROGRAMS) -> None:
+        self._config, self._path, self._programs = config, path, programs
+
+    def one_shot(self, program: str, *arguments: str) -> Service:
+        """A process that runs to its end."""
+        return Service(program, self._command(program, *arguments), environment(self._config, defaults=SPIN_SHORTLY))
+
+    def grader(self) -> Service:
+        """The grader."""
+        return Service(
+            "grader",
+            self._command("grader"),
+            environment(self._config),
+            ready_url=f"{self._config.grader.url}/readyz",
+            ready_s=GRADER_READY_S,
+        )
+
+    def rollouts(self, ports: Sequence[int]) -> list[Service]:
+        """The replicas, each on its own port and, as far as there are enough, on its own GPUs."""
+        rollout = self._config.rollout
+        devices = replica_gpus(
+            visible_gpus() if rollout.device != "cpu" else (),
+            num_learners=self._config.learner.processes if self._config.learner.device != "cpu" else 0,
+            num_replicas=len(ports),
+            per_replica=rollout.tensor_parallel_size,
+        )
+        return [
+            Service(
+                f"rollout-{i}",
+                self._command("rollout", "--replica-id", f"rollout-{i}", "--port", str(port)),
+                environment(
+                    self._config,
+                    defaults=SPIN_SHORTLY,
+                    assigned={"CUDA_VISIBLE_DEVICES": gpus} if gpus else {},
+                ),
+                ready_url=f"http://{rollout.host}:{port}/readyz",
+                ready_s=ROLLOUT_READY_S,
+            )
+            for i, (port, gpus) in enumerate(zip(ports, devices, strict=True))
+        ]
+
+    def learners(self, *, master_port: int, resume: bool) -> list[Service]:
+        """The learner's ranks; more than one meet at `master_port`."""
+        size = self._config.learner.processes
+        meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port)}
+        return [
+            Service(
+                "learner" if size == 1 else f"learner-{rank}",
+                self._command("learner", *(("--resume",) if resume else ())),
+                environment(self._config, assigned={"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting}),
+            )
+            for rank in range(size)
+        ]
+
+    def _command(self, program: str, *arguments: str) -> tuple[str, ...]:
+        return (*self._programs[program], "--config", str(self._path), *arguments)
+
+
+def environment(
+    config: RunConfig, *, defaults: Mapping[str, str] | None = None, assigned: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Defaults, then what the user exported, then what the launcher assigns. Offline unless the run uses a hub."""
+    merged = {**ENVIRONMENT, **(defaults or {}), **os.environ, **(assigned or {})}
     if not uses_hub(config):
         merged["HF_HUB_OFFLINE"] = "1"
     return merged
@@ -45,54 +118,20 @@ def uses_hub(config: RunConfig) -> bool:
     return config.data.source == "hub" or not local_model
 
 
-def one_shot(module: str, config_path: Path, *arguments: str) -> tuple[str, ...]:
-    """Command of a process that runs to its end."""
-    return (sys.executable, "-m", module, "--config", str(config_path), *arguments)
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; no driver is loaded to find out."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(name.strip() for name in named.split(",") if name.strip() not in ("", "-1"))
+    return tuple(str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
 
 
-def grader(config: RunConfig, config_path: Path) -> Service:
-    """The grader."""
-    return Service(
-        "grader",
-        one_shot("services.grader", config_path),
-        environment(config),
-        ready_url=f"{config.grader.url}/readyz",
-        ready_s=GRADER_READY_S,
-    )
+def replica_gpus(gpus: Sequence[str], *, num_learners: int, num_replicas: int, per_replica: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each replica: those after the learner's ranks, and around again when there are too few.
 
-
-def rollouts(config: RunConfig, config_path: Path, ports: list[int]) -> list[Service]:
-    """The replicas, each on its own port and, where there are GPUs, on its own GPU."""
-    return [
-        Service(
-            f"rollout-{i}",
-            one_shot("services.rollout", config_path, "--replica-id", f"rollout-{i}", "--port", str(port)),
-            environment(config),
-            ready_url=f"http://{config.rollout.host}:{port}/readyz",
-            ready_s=ROLLOUT_READY_S,
-        )
-        for i, port in enumerate(ports)
-    ]
-
-
-def learners(config: RunConfig, config_path: Path, *, master_port: int, resume: bool) -> list[Service]:
-    """The learner's ranks; more than one meet at `master_port`."""
-    size = config.learner.processes
-    arguments = ("--resume",) if resume else ()
-    return [
-        Service(
-            "learner" if size == 1 else f"learner-{rank}",
-            one_shot("services.learner", config_path, *arguments),
-            environment(
-                config,
-                {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(size),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(master_port),
-                },
-            ),
-        )
-        for rank in range(size)
-    ]
+    An empty text where there is no GPU.
+    """
+    if not gpus:
+        return [""] * num_replicas
+    firsts = range(num_learners, num_learners + num_replicas * per_replica, per_replica)
+    return [",".join(gpus[(first + i) % len(gpus)] for i in range(per_replica)) for first in firsts]

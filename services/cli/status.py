@@ -20,8 +20,18 @@ def resolved_config(run: Path) -> Path:
     return path
 
 
-async def show_status(run: Path) -> int:
-    """Print it. 0 when the run is up, 1 when it is not."""
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The run that was started last. Raises ConfigError when there is none."""
+    started = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not started:
+        raise ConfigError(f"no run under {runs.absolute()}; name its folder, or start one: multiattempt train CONFIG")
+    return started[-1].parent
+
+
+async def show_status(run: Path | None) -> int:
+    """Print it, of the newest run when None. 0 when the run is up, 1 when it is not."""
+    run = run or newest_run()
+    print(run)
     config = load_resolved(resolved_config(run))
     last = _last_metrics(run)
     if last is None:

@@ -2,7 +2,8 @@
 
 It holds the reading end of a pipe; the launcher writes the process groups that it starts and ends (`+123`, `-123`).
 End of file means that the launcher is gone, however it died: the groups still listed are ended. A process of its
-own, because nobody can clean up after their own SIGKILL.
+own, because nobody can clean up after their own SIGKILL. Not the kernel's parent-death signal: that reaches only the
+child itself, not what it started, and comes when the *thread* that started it ends.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ class Watchdog:
         """The launcher has cleaned up itself."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        self._process.wait(2 * GRACE_S)
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -54,7 +55,7 @@ def watch(lines: Iterable[str]) -> set[int]:
 
 
 def end(groups: Iterable[int], *, grace_s: float = GRACE_S) -> None:
-    """SIGTERM, then SIGKILL for what is left after `grace_s`."""
+    """SIGTERM, then SIGKILL for what is left after `grace_s` seconds."""
     left = set(groups)
     for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 0.0)):
         for group in left:
@@ -74,5 +75,6 @@ def _is_alive(group: int) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the launcher does, not before
+        signal.signal(number, signal.SIG_IGN)
     end(watch(sys.stdin))
