@@ -131,9 +131,9 @@ async def _train(config: RunConfig, plan: Plan, supervisor: Supervisor, progress
         await supervisor.unless_failed(
             supervisor.run_group(lambda: plan.learners(master_port=free_port(), resume=has_checkpoints(config.run_dir)))
         )
-        await asyncio.sleep(1.0)  # the last step's line
     finally:
         following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 @contextlib.contextmanager

@@ -87,12 +87,14 @@ class Progress:
         self._last = line
 
     async def follow(self, metrics: Path, *, steps: int) -> None:
-        """Print a line for each new line of metrics.jsonl, until cancelled."""
+        """Print a line for each new line of metrics.jsonl, until cancelled; those there by then are printed too."""
         tail = Tail(metrics)
-        while True:
-            for row in tail.new_rows():
-                self.step(row, steps=steps)
-            await asyncio.sleep(PERIOD_S)
+        try:
+            while True:
+                self._steps(tail, steps)
+                await asyncio.sleep(PERIOD_S)
+        finally:
+            self._steps(tail, steps)
 
     def step(self, row: Mapping[str, Any], *, steps: int) -> None:
         """One policy update."""
@@ -104,6 +106,10 @@ class Progress:
         left_s = (steps - row["step"]) * sum(self._step_s) / len(self._step_s) if self._step_s else None
         self.say(format_step(row, steps=steps, left_s=left_s))
         self._show(f"training: {row['step']}/{steps} steps, {_minutes(left_s)} left")
+
+    def _steps(self, tail: "Tail", steps: int) -> None:
+        for row in tail.new_rows():
+            self.step(row, steps=steps)
 
     def _show(self, what: str) -> None:
         if self._status:
