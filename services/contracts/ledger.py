@@ -122,7 +122,7 @@ class Ledger:
         """Append tasks, if the issue counter still equals `expected_next`; else nothing. Returns the counter after.
 
         The tasks' ids must be expected_next, expected_next + 1, ... (ValueError). Replicas whose weights are older
-        than the newest `min_version` issued get nothing from then on.
+        than the newest `min_version` issued get nothing from then on. A `min_version` is never above its `batch`.
         """
         if [task.task_id for task in tasks] != list(range(expected_next, expected_next + len(tasks))):
             raise ValueError(f"tasks issued at {expected_next} must be numbered from there without gaps")
