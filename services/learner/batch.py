@@ -44,6 +44,16 @@ class Packed:
     targets: tuple[Int64, ...]  # per dialogue: its actions
 
 
+def defect(trajectory: Trajectory) -> str | None:
+    """Why this trajectory cannot be trained on; None when it can. One of them would spoil or end every update."""
+    mask = trajectory.action_mask
+    if not mask.any() or mask[0]:
+        return "needs a prompt and at least one action token"
+    if not (np.isfinite(trajectory.logprobs[mask]).all() and np.isfinite(trajectory.reward)):
+        return "a log-probability or the reward is not finite"
+    return None
+
+
 def pack(trajectories: Sequence[Trajectory]) -> Packed:
     """Flatten trajectories. Raises ValueError for one without actions, or whose first token is an action."""
     inputs, predicts, targets, behaviour = [], [], [], []

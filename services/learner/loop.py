@@ -15,6 +15,7 @@ from typing import Protocol
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
+from services.learner.batch import defect
 from services.learner.checkpoint import CheckpointError
 from services.learner.sampler import TaskSampler
 
@@ -100,7 +101,7 @@ class Loop:
         self._saved_version = trainer.version
         self._held: dict[int, dict[int, Taken]] = {}  # batch -> task_id -> trajectory, in order of arrival
         self._entries: dict[int, list[str]] = {}  # batch -> stream entries to delete once it is durable
-        self._dropped = 0  # too stale, since the last step
+        self._dropped = self._stale = 0  # trajectories since the last step: all that were dropped, the too old of them
         self._issued = 0
 
     async def run(self) -> None:
@@ -117,6 +118,8 @@ class Loop:
                 break
             figures = {"wait_s": time.monotonic() - started} | await self._train(batch)
             version = self._trainer.version
+            if not self.stop.is_set():  # the replicas work while the checkpoint is written
+                await self._issue(version)
             if version % self._settings.checkpoint_every == 0 or version == self._steps:
                 figures["checkpoint_s"] = await self._save()
             figures["step_s"] = time.monotonic() - started
@@ -128,8 +131,8 @@ class Loop:
 
     async def _train(self, batch: list[Trajectory]) -> dict[str, float]:
         figures = self._summarise(batch, version=self._trainer.version)
-        figures |= {"dropped_stale": float(self._dropped), "issued": float(self._issued)}
-        self._dropped = self._issued = 0
+        figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
+        self._dropped = self._stale = self._issued = 0
         figures |= await asyncio.to_thread(self._trainer.train, batch)
         started = time.monotonic()
         if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
@@ -144,9 +147,6 @@ class Loop:
     async def _collect(self, version: int) -> list[Trajectory] | None:
         """The trajectories of batch `version`, sorted by task; None when asked to stop."""
         wanted, held = self._settings.batch_dialogues, self._held.setdefault(version, {})
-        for taken in [taken for taken in held.values() if self._is_stale(taken.trajectory)]:
-            del held[taken.trajectory.task_id]
-            await self._discard(taken)
         deadline, tidy_at = time.monotonic() + self._settings.take_timeout_s, 0.0
         while len(held) < wanted:
             if self.stop.is_set():
@@ -185,24 +185,21 @@ class Loop:
         if trajectory.batch < version or trajectory.task_id in held:
             # Trained already, or a second copy out of a Redis that lost its last second: it goes with its batch.
             self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
-        elif not trajectory.versions or self._is_stale(trajectory):
-            await self._discard(taken)
+        elif reason := defect(trajectory):
+            await self._discard(taken, reason)
+        elif trajectory.oldest_version < trajectory.batch - self._settings.max_staleness:
+            self._stale += 1
+            await self._discard(taken, "too old")
         else:
             held[trajectory.task_id] = taken
             self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
 
-    def _is_stale(self, trajectory: Trajectory) -> bool:
-        """Whether it will be too old when its batch is trained."""
-        return trajectory.oldest_version < trajectory.batch - self._settings.max_staleness
-
-    async def _discard(self, taken: Taken) -> None:
+    async def _discard(self, taken: Taken, reason: str) -> None:
         """Drop a trajectory; its batch then lacks one, which `_issue` makes good."""
         self._dropped += 1
-        entries = self._entries.get(taken.trajectory.batch, [])
-        if taken.entry_id in entries:
-            entries.remove(taken.entry_id)
         await self._ledger.drop([taken.entry_id])
-        log.info("dropped", extra={"task_id": taken.trajectory.task_id, "batch": taken.trajectory.batch})
+        trajectory = taken.trajectory
+        log.info("dropped", extra={"task_id": trajectory.task_id, "batch": trajectory.batch, "reason": reason})
 
     async def _save(self) -> float:
         """Save and acknowledge; while the disk is full the run waits here. Returns the seconds it took."""

@@ -21,7 +21,7 @@ def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, 
     """Figures of one batch trained from weights `version`. Shares are of dialogues unless they say attempts.
 
     accuracy_first / accuracy_last: first / last attempt correct. staleness: updates between the oldest weights in a
-    dialogue and `version`.
+    dialogue and `version`. generate_s, grade_s: mean seconds of one dialogue spent so.
     """
     verdicts = [[attempt.verdict for attempt in t.attempts] for t in trajectories]
     attempts = [verdict for dialogue in verdicts for verdict in dialogue]
@@ -39,6 +39,8 @@ def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, 
         "response_tokens": float(tokens.mean()),
         "response_tokens_max": float(tokens.max()),
         "total_tokens": float(np.mean([len(t.token_ids) for t in trajectories])),
+        "generate_s": float(np.mean([t.timings.generate_s for t in trajectories])),
+        "grade_s": float(np.mean([t.timings.grade_s for t in trajectories])),
         "staleness_mean": float(staleness.mean()),
         "staleness_max": float(staleness.max()),
         "mixed_versions": float(np.mean([len({s.version for s in t.versions}) > 1 for t in trajectories])),

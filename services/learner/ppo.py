@@ -77,7 +77,10 @@ class Ppo:
         self._sums: dict[str, list[Tensor]] = {}
 
     def update(self, trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
-        """Train on one batch, the same on every rank, starting from weights `version`. Returns metrics."""
+        """Train on one batch, the same on every rank, starting from weights `version`. Returns metrics.
+
+        Raises FloatingPointError when a gradient was not finite. The weights here are then spoilt: do not publish them.
+        """
         started = time.monotonic()
         self._sums = {}
         random = generator(self._seed, STREAM_MINIBATCH, version)
@@ -103,6 +106,8 @@ class Ppo:
                 critic_lr = self._lr(step, self._config.critic_lr)
                 critic_norms.append(self._critic.step(share.micros, self._critic_loss(start, share), lr=critic_lr))
                 step += 1
+        if not all(0.0 <= norm < np.inf for norm in [*actor_norms, *critic_norms]):  # ZeRO-3 says -1 for NaN
+            raise FloatingPointError(f"update from version {version}: gradient norms {actor_norms}, {critic_norms}")
         metrics |= self._training_metrics()
         metrics |= {
             "lr": self._lr(step - 1, self._config.lr) if actor_norms else 0.0,

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from learner_data import make_trajectory
 from redis.asyncio import Redis
@@ -104,9 +105,16 @@ def make_loop(redis: Redis, config: RunConfig, trainer: MemoryTrainer, publisher
 
 @contextlib.asynccontextmanager
 async def rollout(
-    redis: Redis, publisher: MemoryPublisher, *, lag: Mapping[int, int] | None = None
+    redis: Redis,
+    publisher: MemoryPublisher,
+    *,
+    lag: Mapping[int, int] | None = None,
+    poisoned: Container[int] = (),
 ) -> AsyncIterator[None]:
-    """A replica that answers every task at once. lag: task_id -> how much older its weights pretend to be."""
+    """A replica that answers every task at once.
+
+    lag: task_id -> how much older its weights pretend to be. poisoned: tasks whose log-probabilities are not numbers.
+    """
     ledger = make_ledger(redis)
     await ledger.open()
     lags = dict(lag or {})
@@ -117,6 +125,9 @@ async def rollout(
             for claim in await ledger.claim("rollout-0", version, 3):
                 old = version - lags.get(claim.task.task_id, 0)
                 trajectory = make_trajectory(claim.task.task_id, batch=claim.task.batch, version=old)
+                if claim.task.task_id in poisoned:
+                    unusable = np.full_like(trajectory.logprobs, np.nan)
+                    trajectory = msgspec.structs.replace(trajectory, logprobs=unusable)
                 await ledger.complete(claim.entry_id, trajectory)
             await asyncio.sleep(0.005)
 
@@ -239,3 +250,28 @@ async def test_a_second_copy_of_a_trajectory_is_not_trained_twice(redis: Redis) 
     for number, copy in enumerate((trajectory, other)):
         await loop._admit(loop_module.Taken(f"{number + 1}-0", copy), 0)
     assert len(loop._held[0]) == 1 and loop._entries[0] == ["1-0", "2-0"]
+
+
+async def test_a_run_set_back_to_an_older_checkpoint_generates_the_lost_batches_anew(redis: Redis) -> None:
+    config, publisher = make_config(max_staleness="1", take_timeout_s="10"), MemoryPublisher()
+    async with rollout(redis, publisher):
+        await make_loop(redis, config, MemoryTrainer(), publisher).run()
+        trainer = MemoryTrainer(version=2, next_task=24)  # checkpoints 4 and 5 turned out to be damaged
+        await make_loop(redis, config, trainer, publisher).run()
+    assert [len(batch) for batch in trainer.batches] == [8] * 3
+    assert all(t.task_id >= 40 for batch in trainer.batches for t in batch)
+
+
+async def test_a_trajectory_that_would_poison_the_update_is_replaced(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(), trainer, publisher)
+    async with rollout(redis, publisher, poisoned={3}):
+        await loop.run()
+    assert {t.task_id for batch in trainer.batches for t in batch} == set(range(41)) - {3}
+
+
+async def test_the_next_tasks_are_out_before_the_checkpoint_is_written(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    async with rollout(redis, publisher):
+        await make_loop(redis, make_config(), trainer, publisher).run()
+    assert trainer.saved == [(2, 24), (4, 40), (5, 40)]

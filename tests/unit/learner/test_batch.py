@@ -1,5 +1,7 @@
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from learner_data import make_trajectory
 
 from services.contracts.wire import Trajectory
-from services.learner.batch import Plan, buckets, minibatches, pack, plan, shard
+from services.learner.batch import Plan, buckets, defect, minibatches, pack, plan, shard
 from services.learner.losses import logprobs_from_logits
 
 
@@ -121,3 +123,18 @@ def test_a_trajectory_without_actions_is_refused() -> None:
     empty.action_mask[:] = False
     with pytest.raises(ValueError, match="trajectory 3"):
         pack([empty])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"reward": float("nan")}, "not finite"),
+        ({"logprobs": np.full(13, -np.inf, np.float32)}, "not finite"),
+        ({"action_mask": np.zeros(13, bool)}, "at least one action"),
+        ({"action_mask": np.ones(13, bool)}, "needs a prompt"),
+    ],
+)
+def test_a_trajectory_that_cannot_be_trained_on_says_why(change: dict[str, Any], reason: str | None) -> None:
+    found = defect(msgspec.structs.replace(make_trajectory(0), **change))  # it has 13 tokens
+    assert found is None if reason is None else reason in str(found)
