@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CONFIGURE_LOGGING": "0",
     "DO_NOT_TRACK": "1",
+    "GOMP_SPINCOUNT": "10000",  # libgomp's default spinning collapses under any competitor on the same cores
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -94,6 +95,8 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Load the model, then generate once: the first request is slow, and that is not the first dialogue's fault."""
+        if self._config.rollout.threads:
+            os.environ["OMP_NUM_THREADS"] = str(self._config.rollout.threads)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from transformers import AutoTokenizer
