@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 failed, 2 wrong configuration, 130 interrupted."""
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 wrong configuration, 130 or 143 stopped."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("train", "serve"):

@@ -22,7 +22,7 @@ from services.cli.store import EmbeddedStore
 from services.cli.supervisor import ServiceFailed, Supervisor
 from services.contracts.config import ConfigError, RunConfig, to_toml_dict
 
-EXIT_INTERRUPTED = 130
+EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 async def launch(config: RunConfig, *, resume: bool, command: str, programs: Programs = PROGRAMS) -> int:
@@ -38,9 +38,9 @@ async def launch(config: RunConfig, *, resume: bool, command: str, programs: Pro
         running = asyncio.create_task(
             _experiment(config, supervisor, store, progress, resume=resume, programs=programs)
         )
-        _stop_on_signals(running, supervisor, progress)
+        received = _stop_on_signals(running, supervisor, progress)
         try:
-            return await _outcome(running, config, progress, command=command)
+            return await _outcome(running, config, progress, command=command, received=received)
         finally:
             progress.doing("stopping")
             await supervisor.stop()
@@ -48,11 +48,13 @@ async def launch(config: RunConfig, *, resume: bool, command: str, programs: Pro
             supervisor.close()
 
 
-async def _outcome(running: "asyncio.Task[None]", config: RunConfig, progress: Progress, *, command: str) -> int:
+async def _outcome(
+    running: "asyncio.Task[None]", config: RunConfig, progress: Progress, *, command: str, received: list[int]
+) -> int:
     try:
         await running
     except asyncio.CancelledError:
-        code, end = EXIT_INTERRUPTED, "stopped"
+        code, end = EXIT_BY_SIGNAL + (received or [signal.SIGINT])[0], "stopped"
     except ServiceFailed as error:
         code, end = 1, f"failed: {error}"
     else:
@@ -68,22 +70,22 @@ async def _outcome(running: "asyncio.Task[None]", config: RunConfig, progress: P
     return code
 
 
-def _stop_on_signals(running: "asyncio.Task[None]", supervisor: Supervisor, progress: Progress) -> None:
-    """The first signal stops cleanly, a second one at once."""
-    asked = False
+def _stop_on_signals(running: "asyncio.Task[None]", supervisor: Supervisor, progress: Progress) -> list[int]:
+    """The first signal stops cleanly, a second one at once. Returns the list that received ones are added to."""
+    received: list[int] = []
 
-    def stop() -> None:
-        nonlocal asked
-        if asked:
+    def stop(number: int) -> None:
+        received.append(number)
+        if len(received) > 1:
             supervisor.kill()
         else:
-            asked = True
             progress.say("stopping: the learner saves what it has (again to stop at once)")
             running.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    return received
 
 
 async def _experiment(
@@ -121,7 +123,8 @@ async def _experiment(
         progress.doing("evaluating after training")
         await once("evaluation", "--label", "after")
     await once("evaluation", "--report")
-    progress.say(f"done: metrics, checkpoints and plots are in {config.run_dir}")
+    done = f"done: metrics, checkpoints and plots are in {config.run_dir}{_newest_checkpoint(config.run_dir)}"
+    progress.at_end(lambda: done)
 
 
 async def _train(config: RunConfig, plan: Plan, supervisor: Supervisor, progress: Progress) -> None:
@@ -162,6 +165,13 @@ def resolve(config: RunConfig, *, redis_url: str) -> tuple[RunConfig, list[int]]
     first = values["rollout"]["port"]
     ports = [first + i if first else free_port() for i in range(values["rollout"]["replicas"])]
     return RunConfig(**values), ports
+
+
+def _newest_checkpoint(run_dir: Path) -> str:
+    """For the last line: the newest checkpoint, whose names sort by version."""
+    folder = run_dir / "checkpoints"
+    names = sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
+    return f"; the newest checkpoint is {folder / names[-1]}" if names else ""
 
 
 def free_port() -> int:

@@ -62,5 +62,6 @@ async def show_status(run: Path | None) -> int:
 
 def _last_metrics(run: Path) -> dict[str, float] | None:
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # the learner may be writing one
     return json.loads(lines[-1]) if lines else None

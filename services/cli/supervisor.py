@@ -46,8 +46,12 @@ class Supervisor:
         """Run a process to its end, forwarding its lines. Raises ConfigError for exit code 2, else ServiceFailed."""
         process = await self._spawn(name, command, environment, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
-        async for line in process.stdout:
-            self._progress.say(line.decode(errors="replace").rstrip())
+        # A file of its own: written late, these lines would hide the error that ends the other one (`_last_line`).
+        with (self._logs / f"{name}.out.log").open("ab") as log:
+            async for line in process.stdout:
+                log.write(line)
+                log.flush()
+                self._progress.say(line.decode(errors="replace").rstrip())
         code = await self._ended(name, process)
         self._raise_if_misconfigured(name, code)
         if code:

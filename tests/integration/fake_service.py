@@ -20,6 +20,8 @@ def main() -> int:
     note_pid(run_dir, kind, os.getpid())
     behaviour = os.environ.get(f"FAKE_{kind.upper()}", "")
     if behaviour == "misconfigured":
+        sys.stdout.write("a line of progress\n")
+        sys.stdout.flush()
         sys.stderr.write(f"multiattempt: error: {kind}.device: no such device\n")
         return 2
     if behaviour == "crash once" and not (run_dir / "crashed").exists():

@@ -89,6 +89,7 @@ def test_a_run_goes_through_its_order_and_leaves_nothing_behind(tmp_path: Path) 
         r"1/2 .*2/2 .*evaluation --label after.*evaluation --report.*done"
     )
     assert re.search(expected, out, re.DOTALL), out
+    assert (run.dir / "logs" / "evaluation.out.log").read_text().count("evaluation --") == 3
     assert not run.left_behind()
 
 
@@ -97,6 +98,7 @@ def test_a_learner_that_crashes_is_started_again_with_resume(tmp_path: Path) -> 
     code, out, _ = run.end()
     assert code == 0
     assert "learner ended with exit code 1; starting it again in 1 s" in out
+    assert out.splitlines()[-1].endswith(f"the newest checkpoint is {run.dir / 'checkpoints' / 'step-1'}")
     assert (run.dir / "logs" / "learner.log").read_text() == "something broke\nlearner --resume\n"
 
 
@@ -116,7 +118,7 @@ def test_a_wrong_configuration_ends_the_run_with_its_line(tmp_path: Path, kind: 
     assert not run.left_behind()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_every_process_and_the_last_line_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -126,7 +128,7 @@ def test_a_signal_ends_every_process_and_the_last_line_says_how_to_go_on(
     (run.dir / "checkpoints" / "step-1").mkdir(parents=True)
     run.process.send_signal(number)
     code, out, _ = run.end()
-    assert code == 130
+    assert code == 128 + number
     assert out.splitlines()[-1].endswith("stopped; to go on: again --resume")
     assert not run.left_behind()
 
@@ -174,7 +176,7 @@ def test_a_killed_valkey_comes_back_with_its_data(tmp_path: Path) -> None:
     assert client.get("kept") == b"yes"
     client.close()
     run.process.send_signal(signal.SIGTERM)
-    assert run.end()[0] == 130
+    assert run.end()[0] == 143
     assert not run.left_behind()
 
 
@@ -186,4 +188,4 @@ def test_a_second_launcher_of_the_same_run_is_refused_and_harms_nothing(tmp_path
     assert "another multiattempt is running" in err and err.count("\n") == 1
     assert {"learner", "valkey"} <= set(run.left_behind().values())
     run.process.send_signal(signal.SIGTERM)
-    assert run.end()[0] == 130
+    assert run.end()[0] == 143
