@@ -53,8 +53,9 @@ class VllmGeneration:
         sampled = output.outputs[0]
         if output.finished:
             self._spans = [(int(span.version), span.start, span.end) for span in sampled.weight_versions or []]
-            if sampled.finish_reason == "abort" and not self._is_ending:
-                raise GenerationAborted("the engine aborted the request")
+            if sampled.finish_reason not in ("stop", "length") and not self._is_ending:
+                # An abort at a swap, or a fault of the engine's: half an attempt, which must not be judged.
+                raise GenerationAborted(f"the engine ended the request: {sampled.finish_reason}")
         flat = sampled.logprobs
         return Delta(list(sampled.token_ids), [flat.logprobs[i] for i in flat.start_indices] if flat else [])
 
