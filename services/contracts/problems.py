@@ -56,20 +56,19 @@ def load_problems(config: RunConfig) -> Problems:
 def arithmetic(digits: int) -> Iterator[Problem]:
     """Every sum of two `digits`-digit numbers, in a fixed order: `23+48` -> `71`.
 
-    The rationale adds digit by digit from the right, carry last: `3+8=11,2+4+1=7`.
+    The rationale is the sum of each column from the right, the carry added in: `11,7`.
     """
     low, high = (10 ** (digits - 1) if digits > 1 else 0), 10**digits
     for a, b in itertools.product(range(low, high), repeat=2):
-        yield Problem(f"{a}+{b}", (str(a + b),), _column_addition(a, b))
+        yield Problem(f"{a}+{b}", (str(a + b),), _column_sums(a, b))
 
 
-def _column_addition(a: int, b: int) -> str:
-    lines, carry = [], 0
-    for place, (x, y) in enumerate(zip(reversed(str(a)), reversed(str(b)), strict=True)):
-        total = int(x) + int(y) + carry
-        lines.append(f"{x}+{y}={total}" if place == 0 else f"{x}+{y}+{carry}={total}")
-        carry = total // 10
-    return ",".join(lines)
+def _column_sums(a: int, b: int) -> str:
+    sums, carry = [], 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        sums.append(int(x) + int(y) + carry)
+        carry = sums[-1] // 10
+    return ",".join(map(str, sums))
 
 
 def _split(problems: list[Problem], heldout_size: int, seed: int) -> tuple[list[Problem], list[Problem]]:

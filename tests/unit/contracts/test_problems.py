@@ -17,11 +17,11 @@ def config(seed=42, **data):
     return RunConfig(run=RunSection(seed=seed), data=DataSection(**data))
 
 
-def test_arithmetic_working_is_right_digit_by_digit():
+def test_arithmetic_working_is_right_column_by_column():
     problems = {problem.question: problem for problem in arithmetic(2)}
     assert len(problems) == 90 * 90
     assert problems["23+48"].gold == ("71",)
-    assert problems["23+48"].rationale == "3+8=11,2+4+1=7"
+    assert problems["23+48"].rationale == "11,7"
     assert all(sum(map(int, q.split("+"))) == int(p.gold[0]) for q, p in problems.items())
 
 
