@@ -74,6 +74,8 @@ class ModelSection(_Section):
     """Sequences per supervised step."""
     warmup_lr: PositiveFloat = 4e-3
     """Peak learning rate of the supervised steps."""
+    warmup_errors: Fraction = 0.0
+    """Share of the later warm-up answers that are wrong in one digit: a model that can do better than it was shown."""
     max_model_len: Positive = 1024
     """Context length in tokens: prompt, attempts and feedback together."""
 

@@ -1,7 +1,8 @@
-"""Supervised warm-up: correct dialogues in the run's own format, so that PPO starts from a model that answers.
+"""Supervised warm-up on dialogues in the run's own format, so that PPO starts from a model that answers.
 
-A dialogue shows some wrong attempts (never trained on), the feedback each earned, and a correct last attempt
-(trained). It teaches the format and a first accuracy; using the feedback well is left to reinforcement.
+A dialogue shows some wrong attempts (never trained on), the feedback each earned, and a last attempt that is trained:
+right, or wrong in one digit in a share `model.warmup_errors` of the later dialogues. It teaches the format and a first
+accuracy; doing better, and using the feedback, is left to reinforcement.
 """
 
 import logging
@@ -20,6 +21,7 @@ from services.contracts.wire import Verdict
 Example = tuple[list[int], list[int]]  # (ids, labels)
 IGNORED = -100  # label of tokens without loss, as in torch.nn.functional.cross_entropy
 RETRY_SHARE = 0.15  # chance that a warm-up dialogue shows one more wrong attempt
+ERRORS_IN_LAST = 0.25  # share of the steps that show errors: right answers first, or it learns too slowly
 REPORT_EVERY_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,9 @@ def warm_up(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = config.model.warmup_lr * _schedule(step, steps)
-        examples = [_example(tokenizer, rng.choice(problems), config, rng) for _ in range(config.model.warmup_batch)]
+        errors = config.model.warmup_errors if step >= steps * (1 - ERRORS_IN_LAST) else 0.0
+        batch = (rng.choice(problems) for _ in range(config.model.warmup_batch))
+        examples = [_example(tokenizer, problem, config, rng, errors=errors) for problem in batch]
         num_answer_tokens = sum(label != IGNORED for _, labels in examples for label in labels[1:])
         step_loss = 0.0
         for chunk in _by_length(examples):
@@ -74,7 +78,9 @@ def _schedule(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: RunConfig, rng: random.Random) -> Example:
+def _example(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, config: RunConfig, rng: random.Random, *, errors: float
+) -> Example:
     """(ids, labels) of one dialogue; labels are IGNORED outside the correct attempt."""
     dialogue = config.dialogue
     max_attempts = rng.randint(dialogue.min_attempts, dialogue.max_attempts)
@@ -89,7 +95,8 @@ def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: RunCo
         ids += feedback_ids(
             tokenizer, dialogue, Verdict.INCORRECT, attempts_left=max_attempts - attempt - 1, turn_closed=False
         )
-    answer = tokenizer.encode(f"{working}\\boxed{{{problem.gold[0]}}}", add_special_tokens=False)
+    last = _near_miss(problem.gold[0], rng) if rng.random() < errors else problem.gold[0]
+    answer = tokenizer.encode(f"{working}\\boxed{{{last}}}", add_special_tokens=False)
     return ids + answer, [IGNORED] * len(ids) + answer
 
 
