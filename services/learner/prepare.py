@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved
 from services.contracts.problems import Problem, load_problems
@@ -43,7 +44,7 @@ def prepare(config: RunConfig) -> Path:
         return _pretrained(config)
     problems = list(load_problems(config).train) if config.model.warmup_steps else []
     final = config.model.cache_dir.expanduser() / f"{config.model.source}-{_content_hash(config, problems)}"
-    if (final / "config.json").exists():
+    if _is_made(final):
         _say(f"starting model: {final} (cached)")
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +52,16 @@ def prepare(config: RunConfig) -> Path:
     try:
         _make(config, problems, partial)
         os.replace(partial, final)
+    except OSError:
+        if not _is_made(final):  # else another run made the same model meanwhile: it is as good as ours
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def _pretrained(config: RunConfig) -> Path:
@@ -80,6 +88,8 @@ def _make(config: RunConfig, problems: list[Problem], folder: Path) -> None:
     from services.learner.smollm2 import load_smollm2
     from services.learner.warmup import warm_up
 
+    model: Any
+    tokenizer: Any
     torch.manual_seed(config.run.seed)
     started = time.monotonic()
     if config.model.source == "arithmetic":

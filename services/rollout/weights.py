@@ -190,6 +190,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
             return
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        module: Any
         for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)

@@ -1,11 +1,7 @@
 """A real replica: vLLM, the grader's process and Valkey. The model is random, but fond of boxes."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from processes import Service, free_port
 from redis.asyncio import Redis
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -25,8 +22,7 @@ from services.contracts.wire import Task, Trajectory, Verdict
 from services.learner.arithmetic_model import build_tokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
-ROOT = Path(__file__).parents[2]
-START_S, RUN_S = 120.0, 60.0
+RUN_S = 60.0
 TOKEN = "secret"
 TOLERANCE = 1e-3  # of a log-probability, both sides fp32
 BOX, SEVEN, END = "\\boxed{", "7", "<|im_end|>"
@@ -46,49 +42,6 @@ def save_model(folder: Path) -> None:
             model.lm_head.weight[token, 0] = lift
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class Service:
-    """A service's process with all it started."""
-
-    def __init__(self, name: str, config: RunConfig, port: int, *flags: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = config.run_dir / f"{name}-{port}.log"
-        command = [sys.executable, "-m", f"services.{name}", "--config", str(config.run_dir / "config.json")]
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(port), *flags],
-                cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self._log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == httpx.codes.OK:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        pytest.fail(f"not ready within {START_S:g} s: {self._log.read_text()[-3000:]}")
-
-    def kill(self) -> None:
-        """kill -9, the engine's process too."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
 
 
 @pytest.fixture(scope="module")

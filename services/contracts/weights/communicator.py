@@ -145,7 +145,7 @@ def digest(bucket: torch.Tensor) -> int:
     of device, because the transport is chosen by it.
     """
     if bucket.device.type == "cpu":
-        return zlib.crc32(memoryview(bucket.numpy()))
+        return zlib.crc32(bucket.numpy().data)
     whole = bucket[: bucket.numel() // 8 * 8].view(torch.int64)
     weights = torch.arange(1, whole.numel() + 1, device=bucket.device)
     tail = int(bucket[whole.numel() * 8 :].sum())

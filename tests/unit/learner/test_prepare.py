@@ -51,6 +51,19 @@ def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_two_runs_that_make_the_same_model_at_once_both_get_it(tmp_path, monkeypatch):
+    make = preparing._make
+
+    def make_while_another_finishes_first(run, problems, folder):
+        monkeypatch.setattr(preparing, "_make", make)
+        prepare(run)
+        make(run, problems, folder)
+
+    monkeypatch.setattr(preparing, "_make", make_while_another_finishes_first)
+    folder = prepare(config(tmp_path))
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
 @pytest.mark.parametrize(("path", "message"), [("", "model.path: empty"), ("/nowhere/model", "no config.json there")])
 def test_a_missing_model_is_a_configuration_error(tmp_path, path, message):
     with pytest.raises(ConfigError, match=message):
