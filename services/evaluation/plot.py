@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -58,7 +60,7 @@ def _plot_accuracy(evaluations: Iterable[Evaluation], path: Path) -> Path:
     axes.set_xlabel("allowed attempts")
     axes.set_ylabel("held-out problems solved (%)")
     axes.set_ylim(0, 100)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return _write(figure, path)
@@ -75,7 +77,7 @@ def _plot_training(metrics: list[dict[str, Any]], path: Path) -> Path:
     return _write(figure, path)
 
 
-def _write(figure: "plt.Figure", path: Path) -> Path:
+def _write(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -159,7 +159,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
         started = time.monotonic()
         self._reception = None
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(staged)
+        model: Any = self.model  # vLLM's models have load_weights
+        model.load_weights(staged)
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_heads()
         self._load_s = time.monotonic() - started
@@ -190,8 +191,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
             return
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        module: Any
-        for module in self.model.modules():
+        modules: list[Any] = list(self.model.modules())
+        for module in modules:
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
 
