@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig
+from services.contracts.ledger import run_prefix
 from services.contracts.problems import load_problems
 from services.contracts.store import connect
 
@@ -27,7 +28,7 @@ def check(config: RunConfig, *, resume: bool) -> None:
     load_problems(config)
     _check_ports(config)
     if config.redis.url:
-        asyncio.run(_check_redis(config.redis.url))
+        asyncio.run(_check_redis(config, resume=resume))
 
 
 def has_checkpoints(run_dir: Path) -> bool:
@@ -130,6 +131,15 @@ def _check_port(name: str, host: str, port: int) -> None:
             raise ConfigError(f"{name}: {host}:{port}: {error.strerror}; choose another, or 0 for any") from error
 
 
-async def _check_redis(url: str) -> None:
-    client = await connect(url, start_patience_s=2.0)
-    await client.aclose()
+async def _check_redis(config: RunConfig, *, resume: bool) -> None:
+    """It answers, and a new run would not find the ledger of an earlier one of its name: it would train on that."""
+    client = await connect(config.redis.url, start_patience_s=2.0)
+    try:
+        has_ledger = not resume and await client.exists(f"{run_prefix(config.run.name)}next_task")
+    finally:
+        await client.aclose()
+    if has_ledger:
+        raise ConfigError(
+            f"run.name: the Redis at redis.url holds the ledger of an earlier run {config.run.name!r}; "
+            f"choose another --run.name, or delete its keys ({run_prefix(config.run.name)}*)"
+        )

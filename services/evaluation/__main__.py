@@ -57,6 +57,12 @@ async def _measure(config: RunConfig, label: str) -> None:
 
     problems = load_problems(config).heldout
     evaluation = await evaluate(urls, problems, config.evaluation, label=label, seed=config.run.seed, report=tell)
+    expected = 0 if label == "before" else config.run.steps
+    if evaluation.weight_version != expected:  # a replica that restarted begins at version 0 again
+        raise EvaluationError(
+            f"{label!r} is to be measured at version {expected}, the replicas hold {evaluation.weight_version}; "
+            f"a learner that is started with --resume brings them up to date"
+        )
     save(evaluation, config.run_dir)
 
 
