@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from services.contracts.config import ConfigError, DataSection, RunConfig
+from services.contracts.config import ConfigError, RunConfig
+from services.contracts.settings import DataSection
 
 
 @dataclass(frozen=True, slots=True)

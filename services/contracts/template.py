@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from services.contracts.config import ConfigError, DialogueSection
+from services.contracts.config import ConfigError
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import Verdict
 
 # The reference's strings, to the letter (paper.md section 1.2); feedback is a system turn there.

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from services.contracts.config import EvaluationSection
 from services.contracts.problems import Problem
+from services.contracts.settings import EvaluationSection
 from services.evaluation.results import Evaluation, Point
 
 DIALOGUE_TIMEOUT_S = 300.0

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.contracts.config import ConfigError, GraderSection, load_resolved
+from services.contracts.config import ConfigError, load_resolved
+from services.contracts.settings import GraderSection
 from services.contracts.telemetry import configure_logging
 
 EXIT_CONFIG = 2

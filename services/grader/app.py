@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.contracts.config import GraderSection
+from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
 from services.grader.answer import Extraction
 from services.grader.judge import Judge, Question

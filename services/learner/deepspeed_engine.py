@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from services.contracts.config import LearnerSection
+from services.contracts.settings import LearnerSection
 from services.learner.models import Actor
 from services.learner.ranks import Command, Ranks
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.contracts.config import LearnerSection
+from services.contracts.settings import LearnerSection
 from services.contracts.wire import Trajectory
 from services.learner.advantage import Moments, gae, moments, whiten
 from services.learner.batch import MicroBatch, Plan, Share, minibatches, plan

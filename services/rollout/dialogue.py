@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from services.contracts.config import DialogueSection
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import (
     Attempt,
     FinishReason,

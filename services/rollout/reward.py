@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from services.contracts.config import DialogueSection
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import Verdict
 
 SOLVED = 1.0

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.contracts.config import GraderSection, RunConfig, to_toml_dict
+from services.contracts.config import RunConfig, to_toml_dict
+from services.contracts.settings import GraderSection
 
 pytestmark = pytest.mark.integration
 

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from services.cli.preflight import check
-from services.contracts.config import ConfigError, RedisSection, RunConfig, RunSection
+from services.contracts.config import ConfigError, RunConfig
 from services.contracts.ledger import Ledger
+from services.contracts.settings import RedisSection, RunSection
 
 pytestmark = pytest.mark.integration
 

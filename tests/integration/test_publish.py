@@ -17,8 +17,9 @@ import httpx
 import pytest
 import torch
 
-from services.contracts.config import RunConfig, WeightsSection
+from services.contracts.config import RunConfig
 from services.contracts.registry import Replica
+from services.contracts.settings import WeightsSection
 from services.learner import publish
 from services.learner.publish import Publisher
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from services.contracts.config import ConfigError, DataSection, RunConfig, RunSection
+from services.contracts.config import ConfigError, RunConfig
 from services.contracts.problems import arithmetic, load_problems
+from services.contracts.settings import DataSection, RunSection
 
 
 def jsonl(path, rows):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from services.contracts.config import ConfigError, DialogueSection
+from services.contracts.config import ConfigError
+from services.contracts.settings import DialogueSection
 from services.contracts.template import (
     assistant_end,
     end_of_turn_ids,

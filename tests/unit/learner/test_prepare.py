@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.contracts.config import ConfigError, DataSection, ModelSection, RunConfig, RunSection
+from services.contracts.config import ConfigError, RunConfig
+from services.contracts.settings import DataSection, ModelSection, RunSection
 from services.learner import prepare as preparing
 from services.learner.arithmetic_model import build_model, build_tokenizer
 from services.learner.prepare import prepare

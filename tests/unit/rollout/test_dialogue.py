@@ -8,7 +8,7 @@ from fakes import make_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.contracts.config import DialogueSection
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import FinishReason, Timings, Verdict, decode_trajectory, encode, spans_cover_actions
 from services.rollout.dialogue import Dialogue, Sampled
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.contracts.config import DialogueSection
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import Verdict
 from services.rollout.reward import reward
 

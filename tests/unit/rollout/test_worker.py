@@ -6,7 +6,7 @@ import contextlib
 import pytest
 from fakes import MemoryLedger, make_task
 
-from services.contracts.config import DialogueSection
+from services.contracts.settings import DialogueSection
 from services.contracts.wire import Timings, Verdict
 from services.rollout.dialogue import Dialogue, Sampled
 from services.rollout.grader_client import GraderUnavailable

