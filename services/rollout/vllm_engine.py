@@ -35,9 +35,9 @@ ENVIRONMENT = {
 class VllmGeneration:
     """One request under way; see runner.Generation."""
 
-    def __init__(self, async_llm: Any, token_ids: list[int], parameters: Any, request_id: str) -> None:
+    def __init__(self, async_llm: Any, prompt: dict[str, Any], parameters: Any, request_id: str) -> None:
         self._async_llm, self._request_id = async_llm, request_id
-        self._outputs = async_llm.generate({"prompt_token_ids": token_ids}, parameters, request_id)
+        self._outputs = async_llm.generate(prompt, parameters, request_id)
         self._spans: list[tuple[int, int, int]] | None = None  # known once it has ended
         self._is_ending = False
 
@@ -154,7 +154,9 @@ class VllmEngine:
             stop_token_ids=sorted(stop_ids),
             output_kind=RequestOutputKind.DELTA,
         )
-        return VllmGeneration(self.async_llm, list(token_ids), parameters, str(next(self._ids)))
+        # A swap clears the prefix cache; the salt says so once more: other weights' keys and values never match.
+        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": f"version {self.version}"}
+        return VllmGeneration(self.async_llm, prompt, parameters, str(next(self._ids)))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it, at temperature 1; the first has none (NaN)."""

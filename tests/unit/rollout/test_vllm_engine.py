@@ -42,7 +42,7 @@ class StreamingLlm:
 
 
 def begin(llm: StreamingLlm) -> VllmGeneration:
-    return VllmGeneration(llm, [1, 2], None, "r1")
+    return VllmGeneration(llm, {"prompt_token_ids": [1, 2]}, None, "r1")
 
 
 async def test_a_request_that_is_ended_early_still_has_its_versions():
