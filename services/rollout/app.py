@@ -1,11 +1,16 @@
 """The HTTP face of a replica: dialogues on request, its weights, health, and control behind a bearer token."""
 
+import asyncio
 import hmac
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from services.contracts.telemetry import add_health
 from services.contracts.wire import Sampling, Task
@@ -13,6 +18,10 @@ from services.rollout.grader_client import GraderUnavailable
 from services.rollout.replica import ReplicaProcess
 from services.rollout.runner import GenerationAborted, UnrunnableTask
 from services.rollout.weight_control import create_router
+
+CLIENT_GONE = 499  # nobody reads this answer; it is for logs and counters
+
+_T = TypeVar("_T")
 
 
 class _Body(BaseModel):
@@ -67,17 +76,13 @@ class ScoreRequest(_Body):
 def create_app(replica: ReplicaProcess) -> FastAPI:
     """All routes of a replica. Errors are problem+json."""
     app = FastAPI(title="rollout", summary="Multi-attempt dialogues on vLLM")
-    add_health(app, ready=lambda: replica.trouble)
+    add_health(app, ready=lambda: replica.refusal)
     app.include_router(_public(replica))
     guarded = Depends(_bearer(replica.config.rollout.control_token))
     app.include_router(_control(replica), dependencies=[guarded, Depends(_running(replica))])
     app.include_router(create_router(replica.engine), dependencies=[guarded])
-
-    @app.exception_handler(HTTPException)
-    async def problem(_: Request, error: HTTPException) -> JSONResponse:
-        body = {"type": "about:blank", "title": str(error.detail), "status": error.status_code}
-        return JSONResponse(body, status_code=error.status_code, media_type="application/problem+json")
-
+    app.add_exception_handler(AnyHTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _malformed)
     return app
 
 
@@ -85,10 +90,10 @@ def _public(replica: ReplicaProcess) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["dialogues"])
 
     @router.post("/dialogues")
-    async def dialogues(body: DialogueRequest) -> DialogueResponse:
-        """Run one dialogue now, beside those of the ledger."""
-        if replica.trouble:
-            raise HTTPException(503, replica.trouble)
+    async def dialogues(body: DialogueRequest, request: Request) -> DialogueResponse:
+        """Run one dialogue now, beside those of the ledger; it is given up when the client hangs up."""
+        if replica.refusal:
+            raise HTTPException(503, replica.refusal)
         task = Task(
             task_id=0,
             batch=0,
@@ -100,7 +105,7 @@ def _public(replica: ReplicaProcess) -> APIRouter:
             sampling=Sampling(**body.sampling.model_dump()),
         )
         try:
-            trajectory = await replica.runner.run(task)
+            trajectory = await _while_connected(request, replica.runner.run(task))
         except UnrunnableTask as error:
             raise HTTPException(422, str(error)) from error
         except (GraderUnavailable, GenerationAborted) as error:
@@ -152,7 +157,7 @@ def _control(replica: ReplicaProcess) -> APIRouter:
     async def drain() -> dict[str, Any]:
         """Take no more tasks, finish those in flight, then exit."""
         replica.drain()
-        return {"in_flight": replica.worker.num_running}
+        return {"in_flight": replica.runner.num_running}
 
     @router.post("/score")
     async def score(body: ScoreRequest) -> dict[str, Any]:
@@ -182,3 +187,39 @@ def _bearer(token: str) -> Any:
             raise HTTPException(401, "control needs the bearer token rollout.control_token")
 
     return check
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work`, but cancel it when the client hangs up: FastAPI would let it run, and the engine sample, on."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(CLIENT_GONE, "the client hung up")
+        return working.result()
+    finally:
+        for future in (working, leaving):
+            future.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    title = HTTPStatus(status).phrase if status in set(HTTPStatus) else detail
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return JSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    error = cast(AnyHTTPException, error)
+    return _problem(error.status_code, str(error.detail), error.headers)
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    first = cast(RequestValidationError, error).errors()[0]
+    return _problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")

@@ -17,6 +17,7 @@ from services.rollout.vllm_engine import VllmEngine
 from services.rollout.worker import Worker
 
 MISSED_HEARTBEATS = 3  # after so many a replica is taken for dead
+DRAIN_PERIOD_S = 0.05  # between looks at the last dialogues
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ReplicaProcess:
             self.trouble = None
             log.info("replica ready", extra={"seconds": round(time.monotonic() - started, 1), "url": self._url})
             beating = asyncio.create_task(self._beat(registry))
-            working = asyncio.create_task(self.worker.run())
+            working = asyncio.create_task(self._work())
             try:
                 done, _ = await asyncio.wait((beating, working), return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -73,9 +74,22 @@ class ReplicaProcess:
             await redis.aclose()
             self.engine.stop()
 
+    @property
+    def refusal(self) -> str | None:
+        """Why no new dialogue can be asked for; None when one can."""
+        if self.trouble is None and self.worker.is_draining:
+            return "the replica is draining"
+        return self.trouble
+
     def drain(self) -> None:
         """Finish what is in flight, then end."""
         self.worker.drain()
+
+    async def _work(self) -> None:
+        """Until drained: first the ledger's dialogues, then those asked for over HTTP, which begin no more."""
+        await self.worker.run()
+        while self.runner.num_running:
+            await asyncio.sleep(DRAIN_PERIOD_S)
 
     def _wire(self, ledger: Ledger, grader: HttpGrader) -> None:
         self.runner = DialogueRunner(

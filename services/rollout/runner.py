@@ -64,9 +64,17 @@ class DialogueRunner:
         self._replica_id = replica_id
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
         self._text = TokenText(tokenizer)
+        self.num_running = 0  # dialogues under way, whoever asked for them
 
     async def run(self, task: Task) -> Trajectory:
         """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, GenerationAborted and engine errors."""
+        self.num_running += 1
+        try:
+            return await self._run(task)
+        finally:
+            self.num_running -= 1
+
+    async def _run(self, task: Task) -> Trajectory:
         started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
         dialogue = self._open(task)
         while dialogue.finish_reason is None:

@@ -1,0 +1,130 @@
+"""The replica's HTTP face over a scripted engine: answers, refusals, clients that hang up, a drain."""
+
+import asyncio
+import socket
+
+import httpx
+import pytest
+import uvicorn
+from fakes import FakeEngine, MemoryLedger
+
+from services.contracts.config import load
+from services.contracts.wire import Verdict
+from services.learner.arithmetic_model import build_tokenizer
+from services.rollout.app import create_app
+from services.rollout.grader_client import Grade
+from services.rollout.replica import ReplicaProcess
+from services.rollout.runner import DialogueRunner
+from services.rollout.worker import Worker
+
+pytestmark = pytest.mark.integration
+BODY = {"problem": "1+1", "gold": ["2"], "max_attempts": 2}
+
+
+class GatedGrader:
+    """Says CORRECT as soon as its gate is open."""
+
+    def __init__(self) -> None:
+        self.gate, self.num_waiting = asyncio.Event(), 0
+
+    async def grade(self, response: str, gold: tuple[str, ...]) -> Grade:
+        self.num_waiting += 1
+        try:
+            await self.gate.wait()
+        finally:
+            self.num_waiting -= 1
+        return Grade(Verdict.CORRECT, "2", 1.5)
+
+
+@pytest.fixture
+def grader() -> GatedGrader:
+    return GatedGrader()
+
+
+@pytest.fixture
+def replica(grader, tmp_path) -> ReplicaProcess:
+    """A replica that is ready, without its engine."""
+    config = load(None, ["--rollout.control_token=secret", "--dialogue.system_prompt="], env={})
+    replica = ReplicaProcess(config, model=tmp_path, replica_id="r", url="http://replica")
+    tokenizer = build_tokenizer()
+    engine = FakeEngine([tokenizer.encode("\\boxed{2} etc", add_special_tokens=False)])
+    replica.runner = DialogueRunner(config, engine=engine, grader=grader, tokenizer=tokenizer, replica_id="r")
+    replica.worker = Worker(
+        MemoryLedger(), replica.runner, replica_id="r", version=lambda: 0, max_in_flight=4, lease_s=30
+    )
+    replica.trouble = None
+    return replica
+
+
+@pytest.fixture
+async def client(replica):
+    transport = httpx.ASGITransport(create_app(replica))
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica", timeout=10) as client:
+        yield client
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_dialogue_is_answered_with_its_attempts(client, grader):
+    grader.gate.set()
+    answer = (await client.post("/v1/dialogues", json=BODY)).json()
+    assert [(a["text"], a["verdict"], a["extracted"]) for a in answer["attempts"]] == [("\\boxed{2}", "correct", "2")]
+    assert (answer["reward"], answer["finish_reason"], answer["weight_versions"]) == (1.0, "solved", [0])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "said"),
+    [
+        ("POST", "/v1/dialogues", {"problem": "1+1", "gold": []}, 422, "gold"),
+        ("POST", "/v1/dialogues", {**BODY, "attempts": 3}, 422, "attempts"),
+        ("POST", "/v1/dialogues", {**BODY, "problem": "1" * 9000}, 422, "model.max_model_len"),
+        ("GET", "/v1/nothing", None, 404, "Not Found"),
+        ("POST", "/control/drain", None, 401, "rollout.control_token"),
+        ("POST", "/control/weights/abort", {"generation": 1}, 401, "rollout.control_token"),
+    ],
+)
+async def test_every_refusal_is_a_problem_that_says_what_is_wrong(client, method, path, body, status, said):
+    answer = await client.request(method, path, json=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert said in answer.json()["detail"]
+
+
+async def test_a_dialogue_whose_client_hangs_up_is_given_up(replica, grader):
+    """Over a real connection: what is seen of a lost one is the HTTP server's doing."""
+    server = uvicorn.Server(uvicorn.Config(create_app(replica), log_config=None, access_log=False, lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server._serve([listener]))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            asking = asyncio.create_task(client.post("/v1/dialogues", json=BODY, timeout=10))
+            await until(lambda: grader.num_waiting == 1)
+            asking.cancel()
+            await until(lambda: grader.num_waiting == 0)
+        assert replica.runner.num_running == 0
+        server.should_exit = True
+        await asyncio.wait_for(serving, 5)
+
+
+async def test_a_draining_replica_begins_no_dialogue_and_finishes_those_it_has(client, replica, grader):
+    assert (await client.get("/readyz")).status_code == 200
+    working = asyncio.create_task(replica._work())
+    asking = asyncio.create_task(client.post("/v1/dialogues", json=BODY))
+    await until(lambda: grader.num_waiting == 1)
+    answer = await client.post("/control/drain", headers={"Authorization": "Bearer secret"})
+    assert answer.json() == {"in_flight": 1}
+    for refused in (await client.get("/readyz"), await client.post("/v1/dialogues", json=BODY)):
+        assert (refused.status_code, refused.json()["detail"]) == (503, "the replica is draining")
+    await asyncio.sleep(0.3)
+    assert not working.done()  # it waits for the dialogue that was asked for over HTTP
+    grader.gate.set()
+    assert (await asking).json()["reward"] == 1.0
+    await asyncio.wait_for(working, 5)
+
+
+async def test_a_replica_that_still_loads_says_so(client, replica):
+    replica.trouble = "the model is being loaded"
+    for refused in (await client.get("/readyz"), await client.post("/v1/dialogues", json=BODY)):
+        assert (refused.status_code, refused.json()["detail"]) == (503, "the model is being loaded")
