@@ -176,12 +176,21 @@ class GraderSection(_Section):
     """Killable worker processes."""
     timeout_s: PositiveFloat = 3.0
     """Deadline of one item, from the moment a worker starts on it."""
-    queue_size: Positive = 4096
-    """Items waiting; beyond it requests are answered 503 with Retry-After."""
+    queue_size: Positive = 16_384
+    """Items waiting; beyond it requests are answered 503 with Retry-After. A full batch is 10,000."""
     worker_memory_mb: Positive = 2048
     """Address-space limit of a worker."""
     worker_max_items: Positive = 10_000
     """A worker is replaced after this many items."""
+    reward_correct: float = 1.0
+    """Trainers' routes: reward of a correct answer."""
+    reward_incorrect: float = 0.0
+    """Trainers' routes: reward of a wrong answer."""
+    reward_no_answer: float = 0.0
+    """Trainers' routes: reward of a response without an answer."""
+    reward_ungraded: float = 0.0
+    """Trainers' routes: reward where the gold answer is missing or cannot be read; also of a timeout, unless
+    `reward_incorrect` is less: running into the deadline shall never pay better than being wrong."""
 
 
 class RolloutSection(_Section):
