@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from services.contracts.ledger import Claim
 from services.contracts.wire import Sampling, Task, Trajectory, Verdict
-from services.rollout.grader_client import Grade, GraderUnavailable
+from services.grader.client import Grade, GraderUnavailableError
 from services.rollout.runner import Delta, GenerationAborted
 
 ABORTED = "aborted"  # in an engine's script: somebody else ends the request
@@ -82,8 +82,9 @@ class FakeGrader:
         self.responses.append(response)
         verdict = self._verdicts.pop(0)
         if verdict is None:
-            raise GraderUnavailable("by the script")
-        return Grade(verdict, None if verdict is Verdict.NO_ANSWER else "3", 1.5)
+            raise GraderUnavailableError("by the script")
+        extracted = None if verdict is Verdict.NO_ANSWER else "3"
+        return Grade(verdict, verdict is Verdict.CORRECT, extracted, "exact", elapsed_ms=1.5, cached=False)
 
 
 class MemoryLedger:

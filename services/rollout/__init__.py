@@ -5,7 +5,6 @@ dialogue        whose turn it is, what may be sampled next, when it is over; bui
 reward          verdicts -> reward (pure)
 runner          runs one dialogue: engine, box, grader, dialogue
 worker          keeps many tasks of the ledger running at once
-grader_client   the grader over HTTP: retries until a deadline, never invents a verdict
 vllm_engine     the engine: token ids in, token ids and log-probabilities out; the only user of vLLM's AsyncLLM
 weights         our weight-transfer engine inside vLLM's worker
 weight_control  the control routes of a transfer

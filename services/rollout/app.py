@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from services.contracts.telemetry import add_health
 from services.contracts.wire import Sampling, Task
-from services.rollout.grader_client import GraderUnavailable
+from services.grader.client import GraderUnavailableError
 from services.rollout.replica import ReplicaProcess
 from services.rollout.runner import GenerationAborted, UnrunnableTask
 from services.rollout.weight_control import create_router
@@ -108,7 +108,7 @@ def _public(replica: ReplicaProcess) -> APIRouter:
             trajectory = await _while_connected(request, replica.runner.run(task))
         except UnrunnableTask as error:
             raise HTTPException(422, str(error)) from error
-        except (GraderUnavailable, GenerationAborted) as error:
+        except (GraderUnavailableError, GenerationAborted) as error:
             raise HTTPException(503, str(error)) from error
         turns = [
             TurnBody(

@@ -11,7 +11,7 @@ from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger
 from services.contracts.registry import Registry, Replica
 from services.contracts.store import connect
-from services.rollout.grader_client import HttpGrader
+from services.grader.client import GraderClient
 from services.rollout.runner import DialogueRunner
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.worker import Worker
@@ -39,7 +39,7 @@ class ReplicaProcess:
         """Live until drained. Raises what the replica cannot survive; a supervisor restarts it."""
         started = time.monotonic()
         redis = await connect(self.config.redis.url)
-        grader = HttpGrader(self.config.grader.url, timeout_s=self.config.rollout.grader_timeout_s)
+        grader = GraderClient(self.config.grader.url, deadline_s=self.config.rollout.grader_timeout_s)
         registry = Registry(redis, run=self.config.run.name)
         try:
             await self.engine.start()
@@ -91,7 +91,7 @@ class ReplicaProcess:
         while self.runner.num_running:
             await asyncio.sleep(DRAIN_PERIOD_S)
 
-    def _wire(self, ledger: Ledger, grader: HttpGrader) -> None:
+    def _wire(self, ledger: Ledger, grader: GraderClient) -> None:
         self.runner = DialogueRunner(
             self.config,
             engine=self.engine,

@@ -11,9 +11,9 @@ from typing import Protocol
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, feedback_ids, prompt_ids
 from services.contracts.wire import Sampling, Task, Timings, Trajectory, Verdict
+from services.grader.client import Grade
 from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
-from services.rollout.grader_client import Grader
 from services.rollout.text import PieceDecoder, TokenText
 
 
@@ -52,6 +52,13 @@ class Engine(Protocol):
         """Begin to sample a continuation."""
 
 
+class Grader(Protocol):
+    """What a dialogue needs of a grader."""
+
+    async def grade(self, response: str, gold: tuple[str, ...]) -> Grade:
+        """Judge the last box of `response`. Raises GraderUnavailableError: no answer is no verdict."""
+
+
 class DialogueRunner:
     """Everything that dialogues of one run share."""
 
@@ -67,7 +74,7 @@ class DialogueRunner:
         self.num_running = 0  # dialogues under way, whoever asked for them
 
     async def run(self, task: Task) -> Trajectory:
-        """Run the task to its end. Raises UnrunnableTask, GraderUnavailable, GenerationAborted and engine errors."""
+        """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors."""
         self.num_running += 1
         try:
             return await self._run(task)

@@ -14,7 +14,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.contracts.ledger import Claim, Ledger
 from services.contracts.wire import Task, Trajectory
-from services.rollout.grader_client import GraderUnavailable
+from services.grader.client import GraderUnavailableError
 from services.rollout.runner import GenerationAborted, UnrunnableTask
 
 IDLE_S = 0.05  # between looks at an empty ledger
@@ -105,7 +105,7 @@ class Worker:
             await self._ledger.bury(claim.entry_id, claim.task, str(error))
             log.warning("task buried", extra={"task_id": claim.task.task_id, "reason": str(error)})
             DIALOGUES.labels("buried").inc()
-        except GraderUnavailable as error:
+        except GraderUnavailableError as error:
             await self._ledger.release(self._replica_id, claim.entry_id)
             log.warning("task released", extra={"task_id": claim.task.task_id, "reason": str(error)})
             DIALOGUES.labels("released").inc()

@@ -10,9 +10,9 @@ from fakes import FakeEngine, MemoryLedger
 
 from services.contracts.config import load
 from services.contracts.wire import Verdict
+from services.grader.client import Grade
 from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.app import create_app
-from services.rollout.grader_client import Grade
 from services.rollout.replica import ReplicaProcess
 from services.rollout.runner import DialogueRunner
 from services.rollout.worker import Worker
@@ -33,7 +33,7 @@ class GatedGrader:
             await self.gate.wait()
         finally:
             self.num_waiting -= 1
-        return Grade(Verdict.CORRECT, "2", 1.5)
+        return Grade(Verdict.CORRECT, True, "2", "exact", elapsed_ms=1.5, cached=False)
 
 
 @pytest.fixture

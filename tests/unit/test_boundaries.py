@@ -22,10 +22,15 @@ HEAVY = {
     "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/communicator.py"),
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
-# Beyond `contracts` and itself: the launcher draws the table and plot of results.
-ALSO = {"cli": ("services.evaluation.results",)}
+# Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
+# grades without a server by running the grader's application in its own process.
+ALSO = {
+    "rollout": ("services.grader.client",),
+    "cli": ("services.evaluation.results", "services.grader.client", "services.grader.app"),
+}
 LIGHT = [
     "services.grader.app",
+    "services.grader.client",
     "services.grader.__main__",
     "services.rollout.__main__",
     "services.learner.__main__",
@@ -69,6 +74,7 @@ def test_a_module_imports_only_what_it_may(path: Path) -> None:
     [
         ("grader/app.py", "import services.rollout.reward"),
         ("contracts/ledger.py", "from services.learner import loop"),
+        ("rollout/worker.py", "from services.grader.judge import Judge"),
         ("rollout/worker.py", "def f():\n    import torch"),
         ("rollout/worker.py", "from vllm.sampling_params import SamplingParams"),
         ("learner/loop.py", "import deepspeed"),
@@ -96,3 +102,11 @@ def test_a_light_module_never_loads_a_heavy_library(modules: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("module", ["services.grader.client", "services.rollout.runner", "services.cli.__main__"])
+def test_what_speaks_to_the_grader_needs_nothing_that_the_grader_installs(module: str) -> None:
+    of_the_grader = {"fastapi", "uvicorn", "sympy", "math_verify", "latex2sympy2_extended"}
+    code = f"import sys, {module}; print(*sorted({of_the_grader!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

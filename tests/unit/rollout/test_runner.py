@@ -6,8 +6,8 @@ from fakes import ABORTED, FakeEngine, FakeGrader, make_task
 from services.contracts.config import load
 from services.contracts.template import end_of_turn_ids
 from services.contracts.wire import FinishReason, Verdict, spans_cover_actions
+from services.grader.client import GraderUnavailableError
 from services.learner.arithmetic_model import build_tokenizer
-from services.rollout.grader_client import GraderUnavailable
 from services.rollout.runner import DialogueRunner, GenerationAborted, UnrunnableTask
 
 CORRECT, WRONG, NO_ANSWER = Verdict.CORRECT, Verdict.INCORRECT, Verdict.NO_ANSWER
@@ -115,7 +115,7 @@ async def test_a_gold_answer_nobody_can_parse_can_never_run(make_runner, ids):
 
 
 async def test_a_grader_that_is_away_gives_no_trajectory(make_runner, ids):
-    with pytest.raises(GraderUnavailable):
+    with pytest.raises(GraderUnavailableError):
         await make_runner(FakeEngine([ids("\\boxed{3}")]), FakeGrader(None)).run(make_task())
 
 

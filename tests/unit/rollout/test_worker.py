@@ -8,14 +8,14 @@ from fakes import MemoryLedger, make_task
 
 from services.contracts.settings import DialogueSection
 from services.contracts.wire import Timings, Verdict
+from services.grader.client import GraderUnavailableError
 from services.rollout.dialogue import Dialogue, Sampled
-from services.rollout.grader_client import GraderUnavailable
 from services.rollout.runner import GenerationAborted, UnrunnableTask
 from services.rollout.worker import Worker
 
 DEADLINE_S = 5.0
 FAILURES = {
-    "grader": GraderUnavailable,
+    "grader": GraderUnavailableError,
     "aborted": GenerationAborted,
     "unrunnable": UnrunnableTask,
     "bug": KeyError,
