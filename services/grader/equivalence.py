@@ -1,8 +1,9 @@
 """Decide whether an answer equals a gold answer: exact after normalisation, then numeric, then symbolic.
 
 Cheap and exact layers come first; a layer that understands both sides decides, and the tolerant ones below it are not
-asked. Text is never evaluated (no eval, sympify or parse_expr): the last layer is math-verify's LaTeX parser. It may
-still hang or eat memory on hostile input, so this runs in `worker_process`, which `pool` kills at the deadline.
+asked. Text is never evaluated (no eval, sympify or parse_expr): the last layer reads it with math-verify's LaTeX
+parser. That may still hang or eat memory on hostile input, so this runs in a worker process which `pool` kills at the
+deadline.
 """
 
 import re
@@ -10,43 +11,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from typing import Any
 
-import sympy
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
-from math_verify.utils import timeout
 
 from services.contracts.wire import Verdict
-from services.grader import normalise as text_of
+from services.grader import expression, readings, real_sets, units
 from services.grader.answer import is_blank
-from services.grader.normalise import Collection, Number
+from services.grader.expression import MP, UnreadableError
+from services.grader.normalise import TEXT, normalise
+from services.grader.readings import Collection, Number, Relation
 
-MAX_TOLERANT_CHARS = 1_000  # longer answers are compared exactly only
-MAX_NESTING = 50
-MAX_DIGITS = 1_000  # of one run
-MAX_POWER = 10_000  # literal exponents, factorials and binomials
-MAX_EXPANSION = 40  # exponent of a bracket that holds letters
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
+ROUNDED_DECIMALS = 4  # a gold answer with so many decimals may stand for a closed form that rounds to it
+CERTAIN_DECIMALS = 6  # a decimal for a value that has no finite one is right from so many correct places on
+_SMALL = Fraction(1, 10_000)  # below it, places after the point say nothing
 
-# units=False: math-verify's own unit stripping takes 2t for 2s.
-_PARSER = (
-    LatexExtractionConfig(
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
-        ),
-    ),
+_RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])|\\begin")
+_ARC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_QUALIFIER = re.compile(
+    r"[,;] ?(?:where )?[a-z](?:,[a-z])*\\in ?\\mathbb\{[ZNRQ]\}(?:\^\+)?$|,? ?\\text\{(?:where|for|for all|with)[^{}]*\}.*$"
 )
-_ASSIGNMENT = re.compile(r"([A-Za-z](?:_[A-Za-z0-9]|\([a-z]\))?|\\[a-z]+)(?:=|\\in(?![a-z])\s*)(?!=)([^=<>]*)")
-_RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus)(?![A-Za-z])|\\begin")
-_BASE = re.compile(r"([0-9A-F]{1,200})_\{?([0-9]{1,2})\}?")
-_RATIO = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?):([0-9]{1,18}(?:\.[0-9]{1,9})?)")
-_EXACT_ONLY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:[ap]\.?m\.?)?", re.IGNORECASE)
-_TRIGONOMETRIC_DEGREES = re.compile(
-    r"(\\(?:sin|cos|tan|cot|sec|csc))(\^2)?\s*[({]?([0-9]{1,9}(?:\.[0-9]{1,9})?)\^\\circ[)}]?"
+
+
+# Names that the parser takes for constants, or cannot read: E_0, m_e, I, \\gamma, L_\\odot.
+_TAKEN_NAME = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]_(?:\{\\[a-z]+\}|\\(?:odot|oplus|star|infty)(?![A-Za-z]))"
+    r"|(?<![\\A-Za-z])(?:[eEI]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\})|[A-Za-z]_(?:[eEiI]|\{[eEiI]\}))"
+    r"|(?<![\\A-Za-z])I(?![A-Za-z])|\\gamma(?![A-Za-z(])"
 )
-_SIX_PLACES = 10**-6  # a decimal for a value that has no finite one is right from six correct places on
+_PRIMED = re.compile(r"(?<![\\A-Za-z])([A-Za-z])(?:\^\{?\\prime\}?|('+))")
 
 
 class Method(StrEnum):
@@ -94,7 +88,7 @@ def compare(answer: str, golds: Sequence[str], *, alarm_s: int) -> Comparison:
 
 def _compare_one(gold: str, answer: str, alarm_s: int) -> Comparison:
     try:
-        equal, method = _Comparer(alarm_s).equal(text_of.normalise(gold), text_of.normalise(answer))
+        equal, method = _Comparer(alarm_s).equal(normalise(gold), normalise(answer))
     except UnparsableGoldError:
         return Comparison(Verdict.UNPARSABLE_GOLD, None)
     return Comparison(Verdict.CORRECT if equal else Verdict.INCORRECT, method)
@@ -105,30 +99,10 @@ def numbers_equal(gold: Number, answer: Number) -> bool:
 
     A percent sign on one side may mean either reading (`50%` is `50` or `0.5`); none on either side never does.
     """
-    if gold.is_percent == answer.is_percent:
-        return _values_equal(gold, answer, Fraction(1), Fraction(1))
-    if gold.is_percent:
-        return any(_values_equal(gold, answer, scale, Fraction(1)) for scale in (Fraction(1), Fraction(1, 100)))
-    return any(_values_equal(gold, answer, Fraction(1), scale) for scale in (Fraction(1), Fraction(1, 100)))
-
-
-def is_bounded(text: str) -> bool:
-    """Whether a text is small enough, in every way that costs, to hand to the symbolic layer."""
-    if len(text) > MAX_TOLERANT_CHARS or re.search(rf"[0-9]{{{MAX_DIGITS}}}", text):
-        return False
-    depth = deepest = 0
-    for bracket in re.findall(r"[(\[{)\]}]", text):
-        depth += 1 if bracket in "([{" else -1
-        deepest = max(deepest, depth)
-    if deepest > MAX_NESTING or re.search(r"![\s)}\]]*!", text):
-        return False
-    sizes = re.findall(r"\^\{?-?([0-9]+)|([0-9]+)\s*!|\\binom\{([0-9]+)", text)
-    if any(len(size) > 6 or int(size) > MAX_POWER for found in sizes for size in found if size):
-        return False
-    expansions = re.findall(r"[)}\]]\^\{?([0-9]+)", text)
-    if re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", text) and any(int(e) > MAX_EXPANSION for e in expansions):
-        return False
-    return not any(_is_tower(text, match.end()) for match in re.finditer(r"\^\{", text))
+    percents = (Fraction(1), Fraction(1, 100))
+    golds = [gold.value * scale for scale in percents] if gold.is_percent > answer.is_percent else [gold.value]
+    answers = [answer.value * scale for scale in percents] if answer.is_percent > gold.is_percent else [answer.value]
+    return any(_values_equal(gold, left, answer, right) for left in golds for right in answers)
 
 
 class _Comparer:
@@ -138,57 +112,113 @@ class _Comparer:
         self._alarm_s = alarm_s
 
     def equal(self, gold: str, answer: str) -> tuple[bool, Method]:
+        """Compare two whole answers, or two elements of one. Raises UnparsableGoldError, TimeoutException."""
         if is_blank(gold):
             raise UnparsableGoldError("the gold answer is empty")
         if gold == answer:
             return True, Method.EXACT
         if is_blank(answer):
             return False, Method.EXACT
-        spelled = self._by_spelling(gold, answer)
-        if spelled is not None:
-            return spelled, Method.EXACT
-        return self._by_value(gold, answer)
-
-    def _by_spelling(self, gold: str, answer: str) -> bool | None:
-        """Options, words, dates and clock times: never algebra. None when the gold is none of these."""
-        option = text_of.option_letter(gold)
-        if option is not None and len(gold) <= len(r"\textbf{(A)}"):
-            return option == text_of.option_letter(answer)
-        gold_words, answer_words = text_of.words(gold), text_of.words(answer)
-        if gold_words is not None:
-            return gold_words == answer_words
-        if answer_words is not None:
-            return False
-        if _EXACT_ONLY.fullmatch(gold) or _EXACT_ONLY.fullmatch(answer):
-            return False
-        return None
-
-    def _by_value(self, gold: str, answer: str) -> tuple[bool, Method]:
-        gold, answer = (_TRIGONOMETRIC_DEGREES.sub(r"\1\2{(\\frac{\3\\pi}{180})}", side) for side in (gold, answer))
-        (gold, gold_unit), (answer, answer_unit) = text_of.split_unit(gold), text_of.split_unit(answer)
-        if gold_unit and answer_unit and gold_unit != answer_unit:
-            return False, Method.EXACT
-        gold, answer = _drop_assignments(gold, answer)
+        gold, answer = (readings.canonical(readings.spelled_number(side)) for side in (gold, answer))
         if gold == answer:
             return True, Method.EXACT
-        gold_number, answer_number = text_of.number(gold), text_of.number(answer)
+        option = self._by_option(gold, answer)
+        if option is not None:
+            return option
+        if units.hedges(answer) and not units.hedges(gold):
+            return False, Method.EXACT
+        spelled = _by_spelling(gold, answer)
+        if spelled is not None:
+            return spelled, Method.EXACT
+        return self._by_quantity(gold, answer)
+
+    def _by_option(self, gold: str, answer: str) -> tuple[bool, Method] | None:
+        """Choices match by letter, a letter with its text also by its text; None when the gold is no choice."""
+        gold_option, answer_option = readings.option_letter(gold), readings.option_letter(answer)
+        if gold_option is None:
+            if answer_option and answer_option[1]:  # "(B) 12" for 12
+                return self.equal(gold, answer_option[1])
+            return None
+        letter, text = gold_option
+        if answer_option is None:
+            if text:
+                return self.equal(text, answer)
+            return None if len(gold) == 1 and readings.words(answer) is None else (False, Method.EXACT)
+        if letter != answer_option[0] or (len(gold) == len(answer) == 1):
+            return False, Method.EXACT
+        if text and answer_option[1]:
+            return self.equal(text, answer_option[1])
+        return True, Method.EXACT
+
+    def _by_quantity(self, gold: str, answer: str) -> tuple[bool, Method]:
+        """Take labels, names and units away, convert units, and compare what is left by value."""
+        gold, answer = readings.drop_label(gold), readings.drop_label(answer)
+        if not re.search(r"[<>]", gold + answer):
+            gold, answer = _QUALIFIER.sub("", gold), _QUALIFIER.sub("", answer)
+        gold, answer = _drop_assignments(gold, answer)
+        gold, answer = _total(gold), _total(answer)
+        gold, answer = (_radians(side) if _ARC.search(side) else side for side in (gold, answer))
+        gold_unit, answer_unit = None, None
+        if not _is_list(gold) and not _is_list(answer):
+            gold_value, gold_unit = units.split(gold)
+            answer_value, answer_unit = units.split(answer, expected=gold_unit is not None)
+            if answer_unit is not None and gold_unit is None:
+                gold_value, gold_unit = units.split(gold, expected=True)
+            gold, answer = gold_value, answer_value
+        factor = units.factor(gold_unit, answer_unit)
+        if factor is None:
+            return False, Method.EXACT
+        if gold == answer and factor == 1:
+            return True, Method.EXACT
+        gold_number, answer_number = readings.number(gold), readings.number(answer)
+        if factor != 1:
+            if answer_number is not None and not units.is_angle(answer_unit):
+                answer_number = Number(answer_number.value * factor, answer_number.decimals, answer_number.is_percent)
+            else:
+                answer, answer_number = units.scaled(answer, factor, answer_unit), None
         if gold_number is not None and answer_number is not None:
             return numbers_equal(gold_number, answer_number), Method.NUMERIC
+        gold, answer = _drop_assignments(gold, answer)
+        return self._by_value(gold, answer)
+
+    def _by_value(self, gold: str, answer: str) -> tuple[bool, Method]:
         notation = _by_notation(gold, answer)
         if notation is not None:
             return notation, Method.NUMERIC
-        if not is_bounded(gold) or not is_bounded(answer):
-            return False, Method.EXACT
+        if real_sets.is_candidate(gold) or real_sets.is_candidate(answer):
+            sets = [real_sets.read(side, self._real_constant) for side in (gold, answer)]
+            if sets[0] is not None and sets[1] is not None:
+                return real_sets.same(sets[0], sets[1]), Method.SYMBOLIC
+        gold_rows, answer_rows = readings.matrix(gold), readings.matrix(answer)
+        if gold_rows and answer_rows:
+            return self._matrices(gold_rows, answer_rows)
+        if gold_rows and min(len(gold_rows), len(gold_rows[0])) == 1:  # a vector may be written as a tuple
+            gold = f"({','.join(cell for row in gold_rows for cell in row)})"
+        if answer_rows and min(len(answer_rows), len(answer_rows[0])) == 1:
+            answer = f"({','.join(cell for row in answer_rows for cell in row)})"
         gold_parts, answer_parts = _collection(gold), _collection(answer)
-        if gold_parts is not None and answer_parts is not None:
-            return self._collections(gold_parts, answer_parts)
-        if gold_parts is not None and not _RELATION.search(answer):
+        if gold_parts is not None or answer_parts is not None:
+            return self._collections(gold_parts, answer_parts, gold, answer)
+        gold_relation, answer_relation = readings.relation(gold), readings.relation(answer)
+        if gold_relation and answer_relation:
+            return self._relations(gold_relation, answer_relation), Method.SYMBOLIC
+        if gold_relation or answer_relation:
+            self._must_be_readable(gold)
             return False, Method.EXACT
-        if answer_parts is not None and not _RELATION.search(gold):
-            return False, Method.EXACT
-        return self._symbolic(gold, answer)
+        return self._expressions(gold, answer), Method.SYMBOLIC
 
-    def _collections(self, gold: Collection, answer: Collection) -> tuple[bool, Method]:
+    def _collections(
+        self, gold: Collection | None, answer: Collection | None, gold_text: str, answer_text: str
+    ) -> tuple[bool, Method]:
+        gold = gold or _singleton(gold_text, answer)
+        answer = answer or _singleton(answer_text, gold)
+        if gold is None or answer is None:
+            if gold is None:
+                self._must_be_readable(gold_text)
+            return False, Method.EXACT
+        by_name = self._by_name(gold, answer)
+        if by_name is not None:
+            return by_name
         if len(gold.elements) != len(answer.elements):
             return False, Method.EXACT
         if gold.kind == "ordered" or answer.kind == "ordered":
@@ -196,6 +226,25 @@ class _Comparer:
                 return False, Method.EXACT
             return self._pairs(list(zip(gold.elements, answer.elements, strict=True)))
         return self._unordered(list(gold.elements), list(answer.elements))
+
+    def _by_name(self, gold: Collection, answer: Collection) -> tuple[bool, Method] | None:
+        """`x=1, y=2` in any order, or as the tuple (1,2) in the order named; None when no names are given."""
+        gold_names, answer_names = _named(gold), _named(answer)
+        if gold_names and answer_names:
+            if gold_names.keys() != answer_names.keys():
+                return False, Method.EXACT
+            return self._pairs([(gold_names[name], answer_names[name]) for name in gold_names])
+        if gold_names and answer.kind == "ordered" and len(answer.elements) == len(gold_names):
+            return self._pairs(list(zip(gold_names.values(), answer.elements, strict=True)))
+        if answer_names and gold.kind == "ordered" and len(gold.elements) == len(answer_names):
+            return self._pairs(list(zip(gold.elements, answer_names.values(), strict=True)))
+        return None
+
+    def _matrices(self, gold: tuple[tuple[str, ...], ...], answer: tuple[tuple[str, ...], ...]) -> tuple[bool, Method]:
+        if (len(gold), len(gold[0])) != (len(answer), len(answer[0])):
+            return False, Method.EXACT
+        cells = [pair for rows in zip(gold, answer, strict=True) for pair in zip(*rows, strict=True)]
+        return self._pairs(cells)
 
     def _pairs(self, pairs: list[tuple[str, str]]) -> tuple[bool, Method]:
         if len(pairs) > MAX_ELEMENTS:
@@ -227,54 +276,114 @@ class _Comparer:
                 return False, deepest
         return True, deepest
 
-    def _symbolic(self, gold: str, answer: str) -> tuple[bool, Method]:
-        gold, answer = _separate_cases(gold, answer)
-        gold_parsed = self._parse(gold)
-        if gold_parsed is None:
-            raise UnparsableGoldError(f"math-verify cannot read the gold answer {gold[:80]!r}")
-        answer_parsed = self._parse(answer)
-        if answer_parsed is None:
-            return False, Method.SYMBOLIC
-        try:
-            written = text_of.number(answer) or text_of.number(gold)
-            constants = timeout(self._alarm_s)(_constants_equal)(gold_parsed, answer_parsed, written)
-            if constants is not None:
-                return constants, Method.SYMBOLIC
-            same = verify(
-                [gold_parsed], [answer_parsed], strict=True, timeout_seconds=self._alarm_s, raise_on_error=True
-            )
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - sympy raises anything at all; an answer it cannot compare is not accepted
-            return False, Method.SYMBOLIC
-        return bool(same), Method.SYMBOLIC
+    def _relations(self, gold: Relation, answer: Relation) -> bool:
+        gold, answer = _rising(gold), _rising(answer)
+        if len(gold.signs) != len(answer.signs):
+            return False
+        if gold.signs == answer.signs and all(
+            self._expressions(*pair) for pair in zip(gold.sides, answer.sides, strict=True)
+        ):
+            return True
+        if len(gold.signs) > 1:
+            return False
+        left, right = (self._parsed_difference(side, is_gold=side is gold) for side in (gold, answer))
+        if left is None or right is None:
+            return False
+        ratio = expression.proportion(left, right)
+        if ratio is None or gold.signs != answer.signs:
+            return False
+        return gold.signs[0] in ("=", "!=") or bool(ratio > 0)
 
-    def _parse(self, text: str) -> sympy.Basic | sympy.MatrixBase | None:
-        text = text.replace(r"^\circ", "")
+    def _parsed_difference(self, relation: Relation, *, is_gold: bool) -> Any:
+        left, right = (self._parse(side, is_gold=is_gold) for side in relation.sides)
+        return None if left is None or right is None else expression.difference(left, right)
+
+    def _expressions(self, gold: str, answer: str) -> bool:
+        gold_tree, answer_tree = self._parse(gold, is_gold=True), self._parse(answer, is_gold=False)
+        if gold_tree is None or answer_tree is None:
+            return False
+        rounded = _rounded_equal(gold, gold_tree, answer, answer_tree)
+        if rounded is not None:
+            return rounded
+        return expression.equal(gold_tree, answer_tree, alarm_s=self._alarm_s)
+
+    def _parse(self, text: str, *, is_gold: bool) -> expression.Tree | None:
+        """The tree, None for an answer that cannot be read. Raises UnparsableGoldError for such a gold."""
         try:
-            found = parse(
-                rf"\boxed{{{text}}}",
-                extraction_config=_PARSER,
-                fallback_mode="no_fallback",
-                parsing_timeout=self._alarm_s,
-                raise_on_error=True,
-            )
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - the parsers raise anything at all on text that is not mathematics
+            return expression.parse(_for_parser(text), alarm_s=self._alarm_s)
+        except UnreadableError as error:
+            if is_gold:
+                raise UnparsableGoldError(str(error)) from error
             return None
-        expression = found[0] if found else None
-        return expression if isinstance(expression, sympy.Basic | sympy.MatrixBase) else None
+
+    def _must_be_readable(self, gold: str) -> None:
+        relation = readings.relation(gold)
+        for side in relation.sides if relation else [gold]:
+            self._parse(side, is_gold=True)
+
+    def _real_constant(self, text: str) -> Any | None:
+        tree = self._parse(text, is_gold=False)
+        value = expression.constant(tree) if tree is not None else None
+        return MP.re(value) if value is not None and MP.im(value) == 0 else None
 
 
-def _values_equal(gold: Number, answer: Number, gold_scale: Fraction, answer_scale: Fraction) -> bool:
-    left, right = gold.value * gold_scale, answer.value * answer_scale
+def _by_spelling(gold: str, answer: str) -> bool | None:
+    """Dates, clock times and words: never algebra. None when the gold is none of these."""
+    gold_date, answer_date = readings.date(gold), readings.date(answer)
+    if gold_date and answer_date:
+        years = {year for year in (gold_date[0], answer_date[0]) if year is not None}
+        return gold_date[1:] == answer_date[1:] and len(years) < 2
+    if gold_date or (answer_date and readings.words(gold)):
+        return False
+    gold_time, answer_time = readings.clock(gold), readings.clock(answer)
+    if gold_time and answer_time and (":" in gold or ":" in answer or (gold_time[3] and answer_time[3])):
+        if gold_time[3] and answer_time[3]:
+            return gold_time == answer_time
+        return (gold_time[0] % 12, *gold_time[1:3]) == (answer_time[0] % 12, *answer_time[1:3])
+    if gold_time and gold_time[3] and not re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", gold):
+        return False
+    gold_words, answer_words = readings.words(gold), readings.words(answer)
+    if gold_words is not None:
+        if answer_words is None:
+            return False
+        return _word_list(gold_words) == _word_list(answer_words)
+    return False if answer_words is not None else None
+
+
+def _word_list(words: str) -> list[str]:
+    parts = re.split(r"\s*[,;]\s*|\s+and\s+", re.sub(r"[.!']", "", words))
+    return sorted(part.replace("-", " ") for part in parts if part)
+
+
+def _values_equal(gold: Number, left: Fraction, answer: Number, right: Fraction) -> bool:
     if left == right:
         return True
     for decimal, value, other in ((gold, left, right), (answer, right, left)):
-        if decimal.decimals >= 6 and abs(other) >= Fraction(1, 10_000) and not _is_finite_decimal(other):
-            return abs(value - other) < Fraction(1, 10**6)
-    return False
+        if decimal.decimals >= CERTAIN_DECIMALS and abs(other) >= _SMALL and not _is_finite_decimal(other):
+            return abs(value - other) < Fraction(1, 10**CERTAIN_DECIMALS)
+    return gold.decimals >= ROUNDED_DECIMALS and not _is_finite_decimal(right) and _rounds_to(right, gold)
+
+
+def _rounds_to(value: Any, gold: Number) -> bool:
+    return bool(abs(value - gold.value) <= Fraction(1, 2 * 10**gold.decimals))
+
+
+def _rounded_equal(gold: str, gold_tree: expression.Tree, answer: str, answer_tree: expression.Tree) -> bool | None:
+    """A written decimal against a closed form; None when neither side is one, or the other side has letters."""
+    for written, other_tree, is_gold in ((gold, answer_tree, True), (answer, gold_tree, False)):
+        number = readings.number(written)
+        if number is None or not number.decimals or number.is_percent:
+            continue
+        value = expression.constant(other_tree)
+        if value is None or MP.im(value) != 0:
+            return None
+        difference = abs(MP.re(value) - MP.mpf(number.value.numerator) / number.value.denominator)
+        if number.decimals >= CERTAIN_DECIMALS and abs(value) >= float(_SMALL):
+            return bool(difference < MP.mpf(10) ** -CERTAIN_DECIMALS)
+        if is_gold and number.decimals >= ROUNDED_DECIMALS and difference > 0:
+            return bool(difference <= MP.mpf(10) ** -number.decimals / 2)
+        return None
+    return None
 
 
 def _is_finite_decimal(value: Fraction) -> bool:
@@ -285,60 +394,87 @@ def _is_finite_decimal(value: Fraction) -> bool:
     return denominator == 1
 
 
-def _is_tower(text: str, start: int) -> bool:
-    r"""Whether the exponent group that starts here holds a numeric power of more than `MAX_POWER`: 9^{9^9}."""
-    depth, end = 1, start
-    while end < len(text) and depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    group = text[start : end - 1]
-    for base, power in re.findall(r"([0-9]+)\}?\^\{?([0-9]+)", group):
-        if len(base) > 4 or len(power) > 2 or int(base) ** int(power) > MAX_POWER:
-            return True
-    return group.count("^") > 1 or "!" in group
-
-
 def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
     """`x=5` is `5`; `y=5` is not `x=5`: names go when one side has none, or both have the same."""
-    gold_match, answer_match = _ASSIGNMENT.fullmatch(gold), _ASSIGNMENT.fullmatch(answer)
-    if gold_match and answer_match:
-        same = gold_match.group(1) == answer_match.group(1)
-        return (gold_match.group(2), answer_match.group(2)) if same else (gold, answer)
-    if gold_match and not _RELATION.search(answer):
-        return gold_match.group(2), answer
-    if answer_match and not _RELATION.search(gold):
-        return gold, answer_match.group(2)
+    gold_pair, answer_pair = readings.assignment(gold), readings.assignment(answer)
+    if gold_pair and answer_pair:
+        return (gold_pair[1], answer_pair[1]) if gold_pair[0] == answer_pair[0] else (gold, answer)
+    if gold_pair and not _RELATION.search(answer):
+        return gold_pair[1], answer
+    if answer_pair and not _RELATION.search(gold):
+        return gold, answer_pair[1]
     return gold, answer
 
 
+def _total(text: str) -> str:
+    """`2 hours 30 minutes` as one quantity in its last unit."""
+    parts = readings.mixed_quantities(text)
+    if parts is None:
+        return text
+    read = [units.split(part, expected=True) for part in parts]
+    last = read[-1][1]
+    total = Fraction(0)
+    for value, unit in read:
+        number, factor = readings.number(value), units.factor(last, unit)
+        if number is None or factor is None or unit is None or unit.dimension is None:
+            return text
+        total += number.value * factor
+    return f"{total} {' '.join(sorted(last.words))}" if last else text
+
+
+def _radians(text: str) -> str:
+    """Degrees inside trigonometric functions as multiples of pi/180."""
+    text = re.sub(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?\^\\circ ?", r"(\\frac{\1\\pi}{180})", text)
+    return re.sub(r"([A-Za-z]) ?\^\\circ ?", r"(\\frac{\1\\pi}{180})", text)
+
+
 def _by_notation(gold: str, answer: str) -> bool | None:
-    """Numbers in a base and ratios; None when neither side is one."""
-    gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
-    if gold_base or answer_base:
-        if gold_base and answer_base:
-            left, right = (_in_base(*match.groups()) for match in (gold_base, answer_base))
-            return left is not None and left == right
-        digits = (gold_base or answer_base).group(1)  # type: ignore[union-attr]
-        return digits == (answer if gold_base else gold)
-    gold_ratio, answer_ratio = _RATIO.fullmatch(gold), _RATIO.fullmatch(answer)
+    """Numbers in a base, ratios and residues; None when neither side is one."""
+    gold_base, answer_base = readings.based(gold), readings.based(answer)
+    if gold_base and answer_base:
+        left, right = (_in_base(*based) for based in (gold_base, answer_base))
+        return left is not None and left == right
+    if gold_base and re.fullmatch("[0-9A-Fa-f]+", answer):
+        return gold_base[0] == answer.upper()
+    if answer_base and re.fullmatch("[0-9A-Fa-f]+", gold):
+        return answer_base[0] == gold.upper()
+    gold_residue, answer_residue = readings.residue(gold), readings.residue(answer)
+    if gold_residue and answer_residue:
+        (a, modulus), (b, other) = gold_residue, answer_residue
+        return modulus == other and (a - b) % modulus == 0
+    if gold_residue and (number := readings.number(answer)):
+        return number.value == gold_residue[0]
+    if answer_residue and (number := readings.number(gold)):
+        return number.value == answer_residue[0]
+    gold_ratio, answer_ratio = readings.ratio(gold), readings.ratio(answer)
     if gold_ratio and answer_ratio:
-        (a, b), (c, d) = (map(Fraction, match.groups()) for match in (gold_ratio, answer_ratio))
-        return a * d == b * c
+        if len(gold_ratio) != len(answer_ratio):
+            return False
+        return all(a * answer_ratio[0] == b * gold_ratio[0] for a, b in zip(gold_ratio, answer_ratio, strict=True))
+    for terms, other in ((gold_ratio, answer), (answer_ratio, gold)):
+        if terms and len(terms) == 2 and terms[1]:
+            quotient = readings.number(other)
+            return quotient is not None and quotient.value == terms[0] / terms[1]
     return None
 
 
-def _in_base(digits: str, base: str) -> int | None:
+def _in_base(digits: str, base: int) -> int | None:
     try:
-        return int(digits, int(base)) if int(base) >= 2 else None
+        return int(digits, base)
     except ValueError:
         return None
 
 
+def _is_list(text: str) -> bool:
+    found = readings.collection(text)
+    return found is not None and found.kind == "list" and readings.number(units.split(text)[0]) is None
+
+
 def _collection(text: str) -> Collection | None:
-    """As `normalise.collection`, and `a\\pm b` written out as its two values."""
-    if text.count(r"\pm") == 1 and text_of.collection(text) is None:
+    """As `readings.collection`, and `a\\pm b` written out as its two values."""
+    if text.count(r"\pm") == 1 and readings.collection(text) is None:
         return Collection("list", "", (text.replace(r"\pm", "+"), text.replace(r"\pm", "-")))
-    found = text_of.collection(text)
+    found = readings.collection(text)
     if found is None or found.kind == "ordered" or r"\pm" not in text:
         return found
     elements: list[str] = []
@@ -348,41 +484,41 @@ def _collection(text: str) -> Collection | None:
     return Collection(found.kind, found.brackets, tuple(elements))
 
 
-def _separate_cases(gold: str, answer: str) -> tuple[str, str]:
-    """math-verify lower-cases symbols: where R and r both occur, R becomes a Greek letter that does not."""
-    letters = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
-    found = set(letters.findall(gold)) | set(letters.findall(answer))
-    spare = [greek for greek in (r"\xi", r"\eta", r"\zeta", r"\kappa", r"\nu", r"\tau") if greek not in found]
-    clashing = sorted(letter for letter in found if letter.isupper() and letter.lower() in found)
-    renamed = {letter: spare[i] + " " for i, letter in enumerate(clashing[: len(spare)])}
-
-    def rename(text: str) -> str:
-        return letters.sub(lambda match: renamed.get(match.group(), match.group()), text)
-
-    return (rename(gold), rename(answer)) if renamed else (gold, answer)
-
-
-def _constants_equal(
-    gold: sympy.Basic | sympy.MatrixBase, answer: sympy.Basic | sympy.MatrixBase, written: Number | None
-) -> bool | None:
-    """Compare two numbers by 40 digits, relatively; None when one is not a finite number.
-
-    math-verify's own comparison is absolute (1e-9 = 2e-9). written: the side that is a plain number, if one is.
-    """
-    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+def _singleton(text: str, other: Collection | None) -> Collection | None:
+    """A single thing beside a set or list of one: `\\{3\\}` for 3."""
+    if other is None or other.kind == "ordered" or len(other.elements) != 1:
         return None
-    gold, answer = (
-        side.subs({symbol: sympy.I for symbol in side.free_symbols if symbol.name == "i"}) for side in (gold, answer)
-    )
-    if gold.free_symbols or answer.free_symbols:
-        return None
-    left, right = gold.evalf(40), answer.evalf(40)
-    if not (left.is_number and right.is_number and left.is_finite and right.is_finite):
-        return None
-    difference = abs(left - right)
-    if written is not None and written.decimals >= 6 and abs(right) >= 10**-4:
-        return bool(difference < _SIX_PLACES)
-    if left == 0 or right == 0:
-        return bool((gold - answer).equals(0))
-    inexact = gold.has(sympy.Float) or answer.has(sympy.Float)
-    return bool(difference <= max(abs(left), abs(right)) * sympy.Float(10) ** (-12 if inexact else -25))
+    return Collection("list", "", (text,))
+
+
+def _named(parts: Collection) -> dict[str, str] | None:
+    pairs = [readings.assignment(element) for element in parts.elements]
+    named = dict(pair for pair in pairs if pair)
+    return named if len(named) == len(pairs) > 1 else None
+
+
+def _rising(chain: Relation) -> Relation:
+    """The same chain with < and <= only, where it runs one way."""
+    if chain.signs[0][0] != ">" or not readings.is_increasing(chain.signs):
+        return chain
+    return Relation(chain.sides[::-1], tuple(sign.replace(">", "<") for sign in chain.signs[::-1]))
+
+
+def _for_parser(text: str) -> str:
+    """What the LaTeX parser does not know, or takes for something else, in words that it reads as a plain symbol."""
+    text = text.replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
+    text = re.sub(r"(?<![0-9A-Za-z}.)^_])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed, text)
+    text = re.sub(r"(?<=[0-9])\.(?![0-9])", "", text)
+    text = re.sub(TEXT, lambda match: _symbol(match[1]), text)
+    text = _TAKEN_NAME.sub(lambda match: _symbol(match.group()), text)
+    return _PRIMED.sub(lambda match: _symbol(match[1] + "prime" * len(match[2] or "'")), text)
+
+
+def _symbol(name: str) -> str:
+    """LaTeX that the parser reads as one symbol of this name."""
+    return rf"\mathcal{{{''.join(re.findall('[A-Za-z0-9]', name))}}}"
+
+
+def _mixed(match: re.Match[str]) -> str:
+    whole, top, bottom = match.groups()
+    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else match.group()

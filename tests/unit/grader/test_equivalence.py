@@ -8,8 +8,10 @@ import pytest
 
 from services.contracts.wire import Verdict
 from services.grader.answer import extract
-from services.grader.equivalence import Method, compare, is_bounded
-from services.grader.normalise import normalise, number
+from services.grader.equivalence import Method, compare
+from services.grader.expression import is_bounded
+from services.grader.normalise import normalise
+from services.grader.readings import number
 
 MATH500 = Path(__file__).resolve().parents[4] / "shared" / "data" / "math500.jsonl"
 

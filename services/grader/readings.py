@@ -1,0 +1,464 @@
+"""What a normalised text may be: a number, a list, an option letter, words, a date, a ratio, a relation.
+
+Every reading is a pure function from text to a value, None where the text is no such thing.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+from services.grader.normalise import TEXT
+
+MAX_NUMBER_CHARS = 400  # digits of one number that is read exactly
+MAX_EXPONENT = 400  # of 1e400
+LARGEST_OPTION = "J"
+
+_UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[+-]*)(?:"
+    rf"(?P<whole>[0-9]+)?\\frac\{{(?P<num>[+-]?(?:{_UNSIGNED}))\}}\{{(?P<den>[+-]?(?:{_UNSIGNED}))\}}"
+    rf"|(?P<mixed>[0-9]+ )?(?P<top>{_UNSIGNED})/(?P<bottom>{_UNSIGNED})"
+    rf"|(?P<repeat>[0-9]*\.[0-9]*)\\(?:overline|bar)\{{?(?P<cycle>[0-9]+)\}}?"
+    rf"|(?P<plain>{_UNSIGNED})(?:(?:[eE]|(?:\\times ?|\\cdot ?|\*|x)10\^)(?P<exp>[+-]?[0-9]{{1,4}}|\{{[+-]?[0-9]{{1,4}}\}}))?"
+    rf"|10\^(?P<ten>[0-9]{{1,3}}|\{{[+-]?[0-9]{{1,3}}\}})"
+    rf")(?P<percent>%?)(?P<million> ?(?:thousand|million|billion|trillion)| ?\\text\{{(?:thousand|million|billion|trillion)\}})?"
+)
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
+    word: 10 * value for value, word in enumerate(_TENS.split(), start=2)
+}
+_MULTIPLIERS = {"hundred": 100} | _SCALES
+_FRACTION_WORDS = {
+    "half": 2,
+    "halves": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
+_SYNONYMS = {
+    "dne": "undefined", "does not exist": "undefined", "not defined": "undefined", "doesn't exist": "undefined",
+    "no limit": "undefined", "not exist": "undefined", "limit does not exist": "undefined",
+    "no solution": "empty set", "no solutions": "empty set", "no real solution": "empty set", "emptyset": "empty set",
+    "no real solutions": "empty set", "none": "empty set", "the empty set": "empty set", "null set": "empty set",
+    "there is no solution": "empty set", "there are no solutions": "empty set", "no such solution": "empty set",
+    "all reals": "real numbers", "all real numbers": "real numbers", "reals": "real numbers", "any real number": "real numbers",
+    "the real numbers": "real numbers", "every real number": "real numbers", "all real": "real numbers",
+    "the set of all real numbers": "real numbers", "all real values": "real numbers",
+    "infinite": "infinity", "positive infinity": "infinity", "plus infinity": "infinity",
+    "infinitely many solutions": "infinitely many", "infinite number of solutions": "infinitely many",
+    "infinitely many": "infinitely many", "infinite solutions": "infinitely many",
+    "minus infinity": "negative infinity",
+}  # fmt: skip
+_CANONICAL = {
+    "empty set": r"\emptyset", "real numbers": r"\mathbb{R}", "infinity": r"\infty", "negative infinity": r"-\infty",
+}  # fmt: skip
+_FUNCTION_NAMES = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "ln",
+        "log",
+        "exp",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sqrt",
+        "sinh",
+        "cosh",
+        "tanh",
+        "gcd",
+        "lcm",
+        "max",
+        "min",
+        "det",
+        "mod",
+    ]
+)
+_MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
+_MONTH = "|".join(f"{name[:3]}(?:{name[3:]}|\\.|{'t.?' if name == 'september' else ''})?" for name in _MONTHS)
+_DATES = (
+    re.compile(r"(?P<year>[0-9]{4})[-/.](?P<month>[0-9]{1,2})[-/.](?P<day>[0-9]{1,2})"),
+    re.compile(rf"(?P<name>{_MONTH}) ?(?P<day>[0-9]{{1,2}})(?:st|nd|rd|th)?(?:[,;]? ?(?P<year>[0-9]{{4}}))?", re.IGNORECASE),
+    re.compile(rf"(?:the )?(?P<day>[0-9]{{1,2}})(?:st|nd|rd|th)? ?(?:of )?(?P<name>{_MONTH})(?:[,;]? ?(?P<year>[0-9]{{4}}))?", re.IGNORECASE),
+)  # fmt: skip
+_TIME = re.compile(
+    r"(?P<hour>[0-9]{1,2})(?::(?P<minute>[0-5][0-9])(?::(?P<second>[0-5][0-9]))?)? ?(?P<half>[ap]\.? ?m\.?)?(?: ?o'?clock)?",
+    re.IGNORECASE,
+)
+_CLOCK_WORDS = {"noon": (12, 0, 0), "midnight": (0, 0, 0)}
+_BASE = re.compile(
+    r"(?:\(([0-9A-Fa-f]{1,200})\)|\\text\{([0-9A-Fa-f]{1,200})\}|([0-9A-Fa-f]{1,200}))_\{?(?:\(?([0-9]{1,2})\)?|\\text\{([a-z]+)\})\}?"
+)
+_RATIO = re.compile(r"(?:[^:]+:)+[^:]+")
+_RESIDUE = re.compile(
+    r"(?:[A-Za-z]\s?\\equiv\s?)?(?P<residue>-?[0-9]{1,30}) ?(?:\(?\\?pmod|\\(?:text|operatorname)\{ ?mod ?\}|\(?\\?b?mod|\(\\text\{mod\})\s?"
+    r"\(?\{?(?P<modulus>[0-9]{1,30})\}?\)?\)?"
+)
+_ASSIGNMENT = re.compile(
+    r"(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([A-Za-z](?:,[A-Za-z])*\))?"
+    r"|\([A-Za-z](?:,[A-Za-z]){1,5}\)|\|?\\?[A-Z]{2,3}\|?|\\angle ?[A-Z]{1,3})"
+    r"(?:=|\\approx ?|\\in(?![A-Za-z]) ?)(?P<value>[^=<>].*)"
+)
+_LABEL = re.compile(
+    r"(?:\\text\{[A-Za-z ,']{2,60}(?:=|:|\bis)?\}|[A-Za-z][A-Za-z ']{2,60}) ?(?:=|:)(?=.)|\\text\{[A-Za-z ,']{2,60}(?::|\bis)\}"
+)
+_RELATION_SIGN = re.compile(r"<|>|\\leq(?![A-Za-z]) ?|\\geq(?![A-Za-z]) ?|\\neq(?![A-Za-z]) ?|=")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number written out in digits, read exactly."""
+
+    value: Fraction
+    decimals: int  # digits after the point; 0 for integers and fractions
+    is_percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A list, tuple, interval or set, with its elements as text."""
+
+    kind: Literal["list", "set", "ordered"]  # ordered: tuple or interval, told apart by the brackets alone
+    brackets: str  # "(]" and so on; "" for a bare list
+    elements: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A chain of relations: `sides` has one more entry than `signs`, which are of <, >, <=, >=, !=, =."""
+
+    sides: tuple[str, ...]
+    signs: tuple[str, ...]
+
+
+def number(text: str) -> Number | None:
+    """An exact number: integer, decimal, fraction, mixed, repeating, 1e3, percent, 3 million."""
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    part = match.groupdict()
+    if part["den"] is not None:
+        value = _ratio_of(part["num"], part["den"], whole=part["whole"])
+    elif part["bottom"] is not None:
+        value = _ratio_of(part["top"], part["bottom"], whole=part["mixed"])
+    elif part["cycle"] is not None:
+        places, length = len(part["repeat"].partition(".")[2]), len(part["cycle"])
+        value = Fraction("0" + part["repeat"]) + Fraction(int(part["cycle"]), 10**places * (10**length - 1))
+    elif part["ten"] is not None:
+        value = _scaled("1", part["ten"])
+    else:
+        value = _scaled(part["plain"], part["exp"])
+    if value is None:
+        return None
+    if part["million"]:
+        value *= _SCALES[re.sub(r"[^a-z]|text", "", part["million"])]
+    plain = part["plain"] or ""
+    decimals = 0 if part["exp"] or part["million"] else len(plain.partition(".")[2])
+    return Number(-value if part["sign"].count("-") % 2 else value, decimals, part["percent"] == "%")
+
+
+def words(text: str) -> str | None:
+    r"""The words of an answer that is words, lower-cased, in their canonical form; None for mathematics.
+
+    `\text{..}` around letters makes words; bare letters need a run of four, as `ab` is a product.
+    """
+    bare, count = re.subn(TEXT, r" \1 ", text)
+    bare = " ".join(bare.split()).strip(" .!\"'").casefold()
+    if not re.fullmatch(r"[^\W\d_][^\d_{}\\^=+*/<>()\[\]]*", bare):
+        return None
+    runs = re.findall(r"[^\W\d_]+", bare)
+    if not count and (not _FUNCTION_NAMES.isdisjoint(runs) or (max(map(len, runs)) < 4 and bare not in _SHORT_WORDS)):
+        return None
+    if len(bare) < 2:
+        return None
+    bare = re.sub(r"^(?:the|an?|it is|it's) (?=.)", "", bare)
+    return _SYNONYMS.get(bare, bare)
+
+
+_SHORT_WORDS = frozenset(
+    {"yes", "no", "odd", "dne", "red", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "sum", "max", "min"}
+    | set(_NUMBER_WORDS)
+)
+
+
+def canonical(text: str) -> str:
+    r"""Words that are mathematics become it: "no solution" is `\emptyset`, "all reals" `\mathbb{R}`."""
+    found = words(text)
+    if found in _CANONICAL:
+        return _CANONICAL[found]
+    if text in (r"\{\}", r"\emptyset", "{}"):
+        return r"\emptyset"
+    return r"\infty" if text == r"+\infty" else text
+
+
+def spelled_number(text: str) -> str:
+    r"""Leading number words become digits: `\text{twenty-five apples}` is `25 apples`; other text comes back as it is."""
+    bare = re.sub(TEXT, r" \1 ", text)
+    bare = " ".join(bare.split())
+    if not re.match(r"[A-Za-z]{3,}", bare):
+        return text
+    tokens = re.findall(r"[A-Za-z]+|[^A-Za-z\s-]+", bare)
+    sign = -1 if tokens and tokens[0].casefold() in ("minus", "negative") else 1
+    start = 1 if sign < 0 else 0
+    value, used = _read_number_words([token.casefold() for token in tokens[start:]])
+    if not used:
+        return text
+    rest = " ".join(tokens[start + used :])
+    if rest and not re.fullmatch(r"[A-Za-z ]+", rest):
+        return text
+    digits = str(sign * value) if value.denominator == 1 else f"{sign * value.numerator}/{value.denominator}"
+    return f"{digits} {rest}" if rest else digits
+
+
+def _read_number_words(tokens: Sequence[str]) -> tuple[Fraction, int]:
+    total = current = 0
+    used = 0
+    for token in tokens:
+        if token in _NUMBER_WORDS:
+            current += _NUMBER_WORDS[token]
+        elif token in _MULTIPLIERS and (used or token != "hundred"):
+            if token == "hundred":
+                current = max(1, current) * 100
+            else:
+                total, current = total + max(1, current) * _MULTIPLIERS[token], 0
+        elif token.removesuffix("s") in _FRACTION_WORDS and used and used == len(tokens) - 1:
+            return Fraction(total + current, _FRACTION_WORDS[token.removesuffix("s")]), used + 1
+        elif not (token == "and" and used and tokens[used - 1] in _MULTIPLIERS):
+            break
+        used += 1
+    return Fraction(total + current), used
+
+
+def option_letter(text: str) -> tuple[str, str] | None:
+    r"""Letter and text of a multiple-choice answer: `B`, `(B)`, `\text{(B)}`, `B.`, `(B) 12`, `Option B`."""
+    bare = re.sub(TEXT, r"\1", text).strip()
+    match = re.fullmatch(
+        rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) ?)?(?:[(\[]([A-{LARGEST_OPTION}a-e])[)\]](.*)|([A-{LARGEST_OPTION}])(?:[.:)](.*))?)",
+        bare,
+    )
+    if match is None:
+        return None
+    letter = (match[1] or match[3]).upper()
+    return letter, (match[2] or match[4] or "").strip(" :.-")
+
+
+def collection(text: str) -> Collection | None:
+    """A list, tuple, interval or set; None when the text is a single thing."""
+    for opening, closing in ((r"\langle", r"\rangle"),):
+        if text.startswith(opening) and text.endswith(closing):
+            return Collection("ordered", "()", tuple(split_commas(text[len(opening) : -len(closing)])[0]))
+    parts, wrapped = split_commas(text)
+    if not wrapped:
+        if len(parts) < 2 or not all(parts):
+            return None
+        return Collection("list", "", tuple(parts))
+    is_set = text.startswith("\\{")
+    if is_set != text.endswith("\\}"):
+        return None
+    width = 2 if is_set else 1
+    parts, _ = split_commas(text[width:-width], is_inside=True)
+    if not all(parts) or (len(parts) < 2 and not is_set):
+        return None
+    return Collection("set" if is_set else "ordered", "{}" if is_set else text[0] + text[-1], tuple(parts))
+
+
+def split_commas(text: str, *, is_inside: bool = False) -> tuple[list[str], bool]:
+    """Top-level parts between commas and semicolons, and whether one bracket pair wraps the whole text.
+
+    A comma in a bare `1,234` groups digits; inside brackets it separates.
+    """
+    if not is_inside and number(text) is not None:
+        return [text], False
+    parts, depth, start, closed_at_zero = [], 0, 0, 0
+    opens_first = text[:1] in ("(", "[", "]") or text.startswith("\\{")
+    for match in re.finditer(r"\\[{}]|\\.|[(){}\[\],;]", text, re.DOTALL):
+        token = match.group()
+        if token in ("(", "[", "{", "\\{") or (token == "]" and match.start() == 0):
+            depth += 1
+        elif token in (")", "]", "}", "\\}") or (token == "[" and match.end() == len(text)):
+            depth -= 1
+            closed_at_zero += depth == 0
+            if depth == 0 and match.end() < len(text):
+                opens_first = False
+        elif token in (",", ";") and depth == 0:
+            parts.append(text[start : match.start()].strip())
+            start = match.end()
+    parts.append(text[start:].strip())
+    return parts, opens_first and depth == 0 and closed_at_zero == 1 and len(parts) == 1
+
+
+def matrix(text: str) -> tuple[tuple[str, ...], ...] | None:
+    """The rows of a pmatrix, bmatrix, Bmatrix, matrix or array; None for a determinant and anything else."""
+    match = re.fullmatch(
+        r"[(\[]?\\begin\{([pbB]?(?:small)?matrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}[)\]]?", text, re.DOTALL
+    )
+    if match is None or r"\begin" in match[2]:
+        return None
+    rows = re.split(r"\\\\(?:\[[^\]]*\])?", match[2].replace(r"\hline", ""))
+    cells = tuple(tuple(cell.strip() for cell in row.split("&")) for row in rows if row.strip())
+    return cells if cells and len({len(row) for row in cells}) == 1 else None
+
+
+def date(text: str) -> tuple[int | None, int, int] | None:
+    """(year or None, month, day)."""
+    bare = " ".join(re.sub(TEXT, r" \1 ", text).split())
+    for pattern in _DATES:
+        match = pattern.fullmatch(bare)
+        if match is None:
+            continue
+        part = match.groupdict()
+        named = [name[:3] for name in _MONTHS]
+        month = named.index(part["name"][:3].lower()) + 1 if part.get("name") else int(part["month"])
+        if 1 <= month <= 12 and 1 <= int(part["day"]) <= 31:
+            return (int(part["year"]) if part["year"] else None, month, int(part["day"]))
+    return None
+
+
+def clock(text: str) -> tuple[int, int, int, str] | None:
+    """(hour, minute, second, half) of a time of day; half is "am", "pm" or "", and with one the hour is of 24."""
+    bare = " ".join(re.sub(TEXT, r" \1 ", text).split())
+    if bare.casefold() in _CLOCK_WORDS:
+        return (*_CLOCK_WORDS[bare.casefold()], "pm" if bare.casefold() == "noon" else "am")
+    match = _TIME.fullmatch(bare)
+    if match is None or not (match["minute"] or match["half"]):
+        return None
+    half = (match["half"] or "").lower().replace(".", "").replace(" ", "")
+    hour = int(match["hour"])
+    if hour > 24 or (half and not 1 <= hour <= 12):
+        return None
+    if half:
+        hour = hour % 12 + (12 if half == "pm" else 0)
+    elif hour > 12 or match["hour"].startswith("0"):
+        half = "pm" if hour >= 12 else "am"
+    return hour, int(match["minute"] or 0), int(match["second"] or 0), half
+
+
+def based(text: str) -> tuple[str, int] | None:
+    """Digits and base of a number such as `101_2`."""
+    match = _BASE.fullmatch(text)
+    if match is None:
+        return None
+    named = {
+        "two": 2,
+        "three": 3,
+        "four": 4,
+        "five": 5,
+        "six": 6,
+        "seven": 7,
+        "eight": 8,
+        "nine": 9,
+        "ten": 10,
+        "twelve": 12,
+        "sixteen": 16,
+    }
+    base = int(match[4]) if match[4] else named.get(match[5], 0)
+    digits = (match[1] or match[2] or match[3]).upper()
+    return (digits, base) if 2 <= base <= 36 else None
+
+
+def ratio(text: str) -> tuple[Fraction, ...] | None:
+    """The terms of `a:b` or `a:b:c`, all numbers."""
+    if not _RATIO.fullmatch(text):
+        return None
+    terms = [number(re.sub(TEXT, "", part).strip(" ()")) for part in text.split(":")]
+    return tuple(term.value for term in terms if term) if all(terms) else None
+
+
+def residue(text: str) -> tuple[int, int] | None:
+    """Residue and modulus of `3 \\pmod 7`, with or without `x \\equiv`."""
+    match = _RESIDUE.fullmatch(text)
+    return (int(match["residue"]), int(match["modulus"])) if match and int(match["modulus"]) > 0 else None
+
+
+def assignment(text: str) -> tuple[str, str] | None:
+    r"""Name and value of `x=5`, `f(x)=x^2`, `x\in[1,2]`, `(x,y)=(1,2)`; the value has no further sign of relation."""
+    match = _ASSIGNMENT.fullmatch(text)
+    if match is None or _RELATION_SIGN.search(match["value"]):
+        return None
+    return match["name"].replace("{", "").replace("}", "").strip(), match["value"].strip()
+
+
+def drop_label(text: str) -> str:
+    r"""`\text{Area}=12`, `\text{The answer is }12` and `Answer: 12` are `12`."""
+    match = _LABEL.match(text)
+    return text[match.end() :].strip() if match and match.end() < len(text) else text
+
+
+def relation(text: str) -> Relation | None:
+    """A chain such as `1<x\\leq 3`, split at its top level."""
+    sides, signs, start = [], [], 0
+    depth = 0
+    for match in re.finditer(r"[(\[{]|[)\]}]|" + _RELATION_SIGN.pattern, text):
+        token = match.group()
+        if token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth -= 1
+        elif depth == 0:
+            sides.append(text[start : match.start()].strip())
+            signs.append({r"\leq": "<=", r"\geq": ">=", r"\neq": "!="}.get(token.strip(), token))
+            start = match.end()
+    sides.append(text[start:].strip())
+    return Relation(tuple(sides), tuple(signs)) if signs and all(sides) else None
+
+
+def mixed_quantities(text: str) -> list[str] | None:
+    """The parts of `2 hours 30 minutes` or `5 feet 11 inches`, each a number with its unit."""
+    bare = " ".join(re.sub(TEXT, r" \1 ", text).replace(",", " ").split())
+    parts = re.findall(r"[0-9]+(?:\.[0-9]+)? ?[A-Za-z]{1,10}\.?(?= |$)", bare)
+    return (
+        parts
+        if len(parts) >= 2 and re.fullmatch(r"(?:[0-9]+(?:\.[0-9]+)? ?[A-Za-z]{1,10}\.?(?: and)? ?)+", bare)
+        else None
+    )
+
+
+def is_increasing(signs: Sequence[str]) -> bool:
+    """Whether a chain runs one way: all of <, <= or all of >, >=."""
+    return (
+        len({sign[0] for sign in signs}) == 1 and signs[0][0] in "<>" and all(a[0] == b[0] for a, b in pairwise(signs))
+    )
+
+
+def _ratio_of(top: str, bottom: str, *, whole: str | None) -> Fraction | None:
+    numerator, denominator = _scaled(top, None), _scaled(bottom, None)
+    if numerator is None or not denominator:
+        return None
+    if whole and numerator >= denominator:
+        return None  # 3\frac{4}{3} is no mixed number
+    return Fraction(int(whole) if whole else 0) + numerator / denominator
+
+
+def _scaled(digits: str, exponent: str | None) -> Fraction | None:
+    power = int(exponent.strip("{}")) if exponent else 0
+    if abs(power) > MAX_EXPONENT:
+        return None
+    return Fraction(digits.replace(",", "").rstrip(".")) * Fraction(10) ** power
