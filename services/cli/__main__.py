@@ -1,4 +1,4 @@
-"""`multiattempt`: train, serve, status, plot, doctor. A light door: nothing heavy is imported to parse arguments."""
+"""`multiattempt`: train, serve, grade, status, ... A light door: nothing heavy is imported to parse arguments."""
 
 import argparse
 import asyncio
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _train(arguments.config, rest, resume=arguments.resume)
             case "serve":
                 return _serve(arguments.service, rest)
+            case "grade":
+                return _grade(arguments)
             case "status":
                 from services.cli.status import show_status
 
@@ -60,12 +62,59 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     serve = commands.add_parser("serve", help="run one service", allow_abbrev=False, add_help=False)
     serve.add_argument("service", choices=SERVICES, help="arguments after it go to the service")
+    _add_grade(commands)
     status = commands.add_parser("status", help="look at a run")
     status.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
     plot = commands.add_parser("plot", help="draw a run's plots and print its table")
     plot.add_argument("run", type=Path, help="the run's folder, runs/<name>")
     commands.add_parser("doctor", help="check this machine")
     return parser
+
+
+def _add_grade(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    grade = commands.add_parser(
+        "grade",
+        help="is an answer right? One response, or a file of them",
+        description="Grade responses against gold answers, in this process or by a running grader (--url).",
+        epilog="Exit code 0: graded, right or wrong; 1: a bad line in the file, or no grader; 2: a mistake on this "
+        "command line; 3: with --check, not correct. What begins with a minus sign is written --gold=-x, or after --.",
+    )
+    grade.add_argument("response", nargs="?", help="the model's output; only its final answer counts")
+    grade.add_argument("--gold", action="append", help="the right answer; repeat it for several, any of which is right")
+    grade.add_argument(
+        "--file", help="JSON lines with response, gold, and maybe id and extraction; - is standard input"
+    )
+    grade.add_argument("--output", type=Path, help="with --file: where to write the results, as JSON lines")
+    grade.add_argument(
+        "--extraction",
+        choices=("boxed", "auto"),
+        default="auto",
+        help="boxed: the last closed \\boxed{}; auto, the default here: else the stated answer or a bare last line",
+    )
+    grade.add_argument("--url", help="a running grader, with GRADER_API_KEY as its token; by default none is needed")
+    grade.add_argument(
+        "--workers", type=int, help="worker processes without --url; by default 1, with --file all cores"
+    )
+    grade.add_argument("--json", action="store_true", help="print JSON")
+    grade.add_argument("--check", action="store_true", help="exit code 3 unless everything is correct")
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    from services.cli.grade import GradeOptions, run_grade
+
+    return run_grade(
+        GradeOptions(
+            response=arguments.response,
+            gold=arguments.gold,
+            file=arguments.file,
+            output=arguments.output,
+            extraction=arguments.extraction,
+            url=arguments.url,
+            workers=arguments.workers,
+            is_json=arguments.json,
+            is_check=arguments.check,
+        )
+    )
 
 
 def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
