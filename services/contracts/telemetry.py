@@ -16,7 +16,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
@@ -105,8 +105,24 @@ def add_health(app: "FastAPI", ready: Ready, *, registry: CollectorRegistry = RE
 
         return answer
 
+    answers: dict[str, dict[int | str, dict[str, Any]]] = {  # for the OpenAPI document
+        "/healthz": {200: {"content": {"application/json": {}}}},
+        "/readyz": {
+            200: {"content": {"application/json": {}}},
+            503: {"content": {"application/problem+json": {}}, "description": "Not ready: `detail` says why"},
+        },
+        "/metrics": {200: {"content": {"text/plain": {}}}},
+    }
     for path in HEALTH_PATHS:
-        app.add_api_route(path, route(path), methods=["GET"], tags=["health"], name=path.strip("/"))
+        app.add_api_route(
+            path,
+            route(path),
+            methods=["GET"],
+            tags=["health"],
+            name=path.strip("/"),
+            response_class=Response,
+            responses=answers[path],
+        )
 
 
 class HealthServer:

@@ -5,6 +5,7 @@ one line on standard error and exit code 2.
 """
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -21,11 +22,18 @@ EXIT_CONFIG = 2
 DEFAULT_PORT = 8000  # on its own the grader wants a port that a person can guess
 BACKLOG = 2048
 GRACE_S = 10  # for running requests at SIGTERM
+API_KEY_VARIABLE = "GRADER_API_KEY"
+ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m services.grader", description="The math-verification service.")
+    parser = argparse.ArgumentParser(
+        prog="multiattempt serve grader",
+        description="The math-verification service: a page to try it at /, the interface's documentation at /docs.",
+        epilog=f"With {API_KEY_VARIABLE} set in the environment, every POST must carry it: "
+        f"`Authorization: Bearer ${API_KEY_VARIABLE}`.",
+    )
     parser.add_argument("--config", type=Path, help="resolved configuration of a run (config.json)")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int, help=f"port; 0 picks a free one; without --config {DEFAULT_PORT}")
@@ -33,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run, section = _settings(arguments)
+        api_key = _api_key()
         listener = _listen(section)
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the one line
         return EXIT_CONFIG
     configure_logging("grader", run=run)
-    return _serve(section, listener)
+    if arguments.config is None and sys.stdout.isatty():
+        print(_welcome(listener), flush=True)  # noqa: T201 - for a person
+    return _serve(section, listener, api_key)
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection]:
@@ -54,6 +65,20 @@ def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection]:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"grader.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _api_key() -> str | None:
+    """The bearer token wanted, if any; taken out of the environment, so that worker processes never hold it."""
+    api_key = os.environ.pop(API_KEY_VARIABLE, "")
+    if not all("!" <= character <= "~" for character in api_key):
+        raise ConfigError(f"{API_KEY_VARIABLE}: printable ASCII without spaces is wanted (is a line break at its end?)")
+    return api_key or None
+
+
+def _welcome(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = "localhost" if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+    return f"Math grader: try it at http://{shown}:{port}/ (API: /docs). Ctrl-C stops it."
 
 
 def _listen(section: GraderSection) -> socket.socket:
@@ -77,7 +102,7 @@ def _listen(section: GraderSection) -> socket.socket:
     return listener
 
 
-def _serve(section: GraderSection, listener: socket.socket) -> int:
+def _serve(section: GraderSection, listener: socket.socket, api_key: str | None) -> int:
     import logging
 
     import uvicorn
@@ -90,7 +115,11 @@ def _serve(section: GraderSection, listener: socket.socket) -> int:
     )
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(section), log_config=None, access_log=False, loop="asyncio", timeout_graceful_shutdown=GRACE_S
+            create_app(section, api_key=api_key),
+            log_config=None,
+            access_log=False,
+            loop="asyncio",
+            timeout_graceful_shutdown=GRACE_S,
         )
     )
 
