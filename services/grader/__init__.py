@@ -4,5 +4,6 @@ Map: `answer` takes the final answer out of a response; `normalise` brings LaTeX
 `equivalence` compares (exact, numeric, then symbolic through math-verify); `worker_process` is the child that runs
 `equivalence`; `pool` owns those children and their deadlines (`frames`: what they say to each other); `judge` puts
 extraction, cache and pool together; `protocol` holds the HTTP bodies; `app` is the FastAPI application; `__main__`
-starts it. `client` is how other programs ask: the one module here that others import, without the grader's libraries. Nothing here knows of training, and nothing imports torch.
+starts it. `client` is how other programs ask, rollout among them; it needs none of the grader's libraries. Nothing here
+knows of training, and nothing imports torch.
 """
