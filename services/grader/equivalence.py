@@ -19,7 +19,7 @@ from services.contracts.wire import Verdict
 from services.grader import expression, readings, real_sets, units
 from services.grader.answer import is_blank
 from services.grader.expression import MP, UnreadableError
-from services.grader.normalise import TEXT, normalise
+from services.grader.normalise import TEXT, collapse, normalise
 from services.grader.readings import Collection, Number, Relation
 
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
@@ -117,7 +117,7 @@ class _Comparer:
             raise UnparsableGoldError("the gold answer is empty")
         if gold == answer:
             return True, Method.EXACT
-        if is_blank(answer):
+        if is_blank(answer) or max(len(gold), len(answer)) > expression.MAX_CHARS:
             return False, Method.EXACT
         gold, answer = (readings.canonical(readings.spelled_number(side)) for side in (gold, answer))
         if gold == answer:
@@ -378,6 +378,8 @@ def _rounded_equal(gold: str, gold_tree: expression.Tree, answer: str, answer_tr
         if value is None or MP.im(value) != 0:
             return None
         difference = abs(MP.re(value) - MP.mpf(number.value.numerator) / number.value.denominator)
+        if expression.is_short_decimal(value):
+            return None
         if number.decimals >= CERTAIN_DECIMALS and abs(value) >= float(_SMALL):
             return bool(difference < MP.mpf(10) ** -CERTAIN_DECIMALS)
         if is_gold and number.decimals >= ROUNDED_DECIMALS and difference > 0:
@@ -506,7 +508,7 @@ def _rising(chain: Relation) -> Relation:
 
 def _for_parser(text: str) -> str:
     """What the LaTeX parser does not know, or takes for something else, in words that it reads as a plain symbol."""
-    text = text.replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
+    text = collapse(text, "()").replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
     text = re.sub(r"(?<![0-9A-Za-z}.)^_])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed, text)
     text = re.sub(r"(?<=[0-9])\.(?![0-9])", "", text)
     text = re.sub(TEXT, lambda match: _symbol(match[1]), text)

@@ -9,6 +9,8 @@ import unicodedata
 
 from services.grader.answer import unwrap
 
+MAX_REPEATED_CHARS = 60  # of 0.142857142857...: finding the cycle is quadratic
+
 _GREEK = {
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
     "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau",
@@ -104,7 +106,6 @@ _SINGLE_ARGUMENT = re.compile(r"\\(?!frac|sqrt|binom)[A-Za-z]+|[A-Za-z0-9]")
 _ROOT_OF_A_NUMBER = re.compile(r"√\s*([0-9]+)|√\s*\(([^()]*)\)")
 _CHOOSE = re.compile(r"\{([^{}]{1,60})\\choose ?([^{}]{1,60})\}")
 _SINGLE_SCRIPT = re.compile(r"([\^_])\{([A-Za-z0-9])\}")
-_DOUBLE_BRACE = re.compile(r"\{\{([^{}]*)\}\}")
 _DOTTED_CYCLE = re.compile(r"(?<=[0-9]\.)([0-9]*)\\dot\{?([0-9])\}?(?:([0-9]*)\\dot\{?([0-9])\}?)?")
 _BRACKETED_CYCLE = re.compile(r"(?<=[0-9]\.)([0-9]*)\(([0-9]+)\)(?=$|[^0-9])")
 _REPEATED = re.compile(r"(?<![0-9.])([0-9]+\.[0-9]*?)([0-9]{1,6}?)\2{2,}[0-9]{0,5}\s*(?:\\ldots|\.\.\.)\s*$")
@@ -115,6 +116,7 @@ def normalise(text: str) -> str:
     """Return the one spelling of an answer: two texts that spell the same thing alike become equal strings."""
     text = unwrap(_unicode(text))
     text = text.replace(r"\$", "$").replace(r"\%", "%").replace(r"\#", "#").replace("\n", " ").replace("\t", " ")
+    text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{\s*([$£€¥])\s*\}", r"\1", text)
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", r"\\text{\1}", text)
@@ -122,10 +124,10 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<![.])\.$|[,;:]$|\\\\$", "", text).strip()
     text = _DOTTED_CYCLE.sub(lambda m: rf"{m[1]}\overline{{{m[2]}{m[3] or ''}{m[4] or ''}}}", text)
     text = _BRACKETED_CYCLE.sub(r"\1\\overline{\2}", text)
-    text = _REPEATED.sub(r"\1\\overline{\2}", text)
+    if len(text) <= MAX_REPEATED_CHARS and text.endswith((r"\ldots", "...")):
+        text = _REPEATED.sub(r"\1\\overline{\2}", text)
     text = _brace_arguments(_CHOOSE.sub(r"\\binom{\1}{\2}", text))
-    while (simpler := _DOUBLE_BRACE.sub(r"{\1}", text)) != text:
-        text = simpler
+    text = collapse(text, "{}")
     text = _SINGLE_SCRIPT.sub(r"\1\2", text)
     return _unbrace(_SPACE.sub("", text).strip())
 
@@ -134,6 +136,23 @@ def clean(text: str) -> str:
     """Replace lone surrogates, which no encoder takes, and drop control and format characters."""
     text = text.encode("utf-8", errors="replace").decode("utf-8")
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def collapse(text: str, pair: str) -> str:
+    """Drop brackets directly around brackets, of the kind `pair`: {{x}} is {x}, in one pass."""
+    opening, closing = pair
+    if opening * 2 not in text:
+        return text
+    stack: list[int] = []
+    closes: dict[int, int] = {}
+    for match in re.finditer(rf"\\.|[{re.escape(pair)}]", text, re.DOTALL):
+        if match.group() == opening:
+            stack.append(match.start())
+        elif match.group() == closing and stack:
+            closes[stack.pop()] = match.start()
+    doubled = {at for at, end in closes.items() if closes.get(at + 1) == end - 1}
+    dropped = doubled | {closes[at] for at in doubled}
+    return "".join(c for at, c in enumerate(text) if at not in dropped)
 
 
 def _unicode(text: str) -> str:

@@ -122,6 +122,7 @@ _RESIDUE = re.compile(
 )
 _ASSIGNMENT = re.compile(
     r"(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([A-Za-z](?:,[A-Za-z])*\))?"
+    r"|\\frac\{[A-Za-z]\}\{[A-Za-z]\}|[A-Za-z]/[A-Za-z]|[a-wA-W](?:\+[a-wA-W]){1,4}"
     r"|\([A-Za-z](?:,[A-Za-z]){1,5}\)|\|?\\?[A-Z]{2,3}\|?|\\angle ?[A-Z]{1,3})"
     r"(?:=|\\approx ?|\\in(?![A-Za-z]) ?)(?P<value>[^=<>].*)"
 )
@@ -433,7 +434,7 @@ def relation(text: str) -> Relation | None:
 def mixed_quantities(text: str) -> list[str] | None:
     """The parts of `2 hours 30 minutes` or `5 feet 11 inches`, each a number with its unit."""
     bare = " ".join(re.sub(TEXT, r" \1 ", text).replace(",", " ").split())
-    parts = re.findall(r"[0-9]+(?:\.[0-9]+)? ?[A-Za-z]{1,10}\.?(?= |$)", bare)
+    parts = re.findall(r"[0-9]{1,9}(?:\.[0-9]{1,9})? ?[A-Za-z]{1,10}\.?(?= |$)", bare)
     return (
         parts
         if len(parts) >= 2 and re.fullmatch(r"(?:[0-9]+(?:\.[0-9]+)? ?[A-Za-z]{1,10}\.?(?: and)? ?)+", bare)

@@ -151,7 +151,7 @@ _TABLE = _table()
 # One letter may be a variable: a unit only in \text{}, after a space, or where the other side has one.
 SINGLE_LETTERS = frozenset(name for name in _TABLE if len(name) == 1)
 _GENERIC = frozenset(
-    {"unit", "units", "of", "the", "a", "an", "in", "per", "each", "more", "total", "and", "altogether"}
+    {"unit", "units", "of", "the", "a", "an", "in", "per", "each", "more", "total", "and", "altogether", "is", "are", "be", "to", "for", "on", "at"}
 )
 _OPPOSITES = (
     ("increase", "decrease"), ("north", "south"), ("east", "west"), ("profit", "loss"), ("gain", "loss"),
@@ -164,7 +164,8 @@ _OPPOSITES = (
     ("northeast", "southwest"), ("northwest", "southeast"), ("northeast", "northwest"), ("northeast", "southeast"),
     ("larger", "smaller"), ("greater", "smaller"), ("greater", "less"), ("higher", "lower"), ("rise", "fall"),
     ("increased", "decreased"), ("owed", "owned"), ("maximum", "minimum"), ("max", "min"), ("boys", "girls"),
-    ("markup", "discount"), ("compression", "tension"), ("attractive", "repulsive"), ("in", "out"),
+    ("markup", "discount"), ("compression", "tension"), ("attractive", "repulsive"), ("even", "odd"), ("rational", "irrational"), ("prime", "composite"),
+    ("convergent", "divergent"), ("converges", "diverges"), ("real", "imaginary"), ("convex", "concave"),
 )  # fmt: skip
 _OPPOSITE = frozenset(frozenset(pair) for pair in _OPPOSITES)
 _HEDGES = frozenset(
@@ -188,13 +189,17 @@ def split(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
     """
     for sign, name in _CURRENCY.items():
         if text.startswith((sign, f"-{sign}", f"({sign}")):
-            rest, trailing = split(text.replace(sign, "", 1))
+            rest, trailing = _split_tail(text.replace(sign, "", 1), expected=True)
             return rest, _currency(name, trailing)
         if text.endswith(sign):
             return text.removesuffix(sign).strip(), _read(name)
     for name in ("USD", "Rs", "EUR", "GBP"):
         if re.match(rf"(?:\\text\{{)?{name}[. }}]*[0-9]", text):
             return re.sub(rf"^(?:\\text\{{)?{name}[. }}]*", "", text), _read(name)
+    return _split_tail(text, expected=expected)
+
+
+def _split_tail(text: str, *, expected: bool) -> tuple[str, Unit | None]:
     match = re.search(r"\^\\circ ?(?:\\text\{ ?)?([CFK]?)\}?$", text)
     if match:
         name = {"C": "celsius", "F": "fahrenheit", "K": "kelvin"}.get(match.group(1), "degree")
@@ -274,7 +279,7 @@ def _read(words: str) -> Unit | None:
         return None
     powers: dict[str, int] = {}
     size, multiplier, sign = Fraction(1), 1, 1
-    for match in re.finditer(r"/|(square|cubic)|([A-Za-zµμΩ%]+)\.?(?: ?(squared|cubed)|\^?\{?(-?[0-9])\}?)?", words):
+    for match in re.finditer(r"/|(square|cubic)|([A-Za-zµμΩ%]+)\.?(?: ?(squared|cubed)| ?\^?\{?(-?[0-9])\}?)?", words):
         if match.group() == "/":
             sign = -1
             continue
