@@ -97,13 +97,14 @@ def list_disagreements(cases: Sequence[Case]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Grade one half, or all, and print the table and one JSON line."""
     parser = argparse.ArgumentParser(prog="benchmarks.grader_agreement", description=__doc__.partition("\n")[0])
-    parser.add_argument("--half", choices=[*HALVES, "all"], default="all")
+    parser.add_argument("--half", choices=[*HALVES, "all"], help="default all, with --list-disagreements development")
     parser.add_argument("--list-disagreements", action="store_true", help="ours, development half only")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(arguments)
-    if options.list_disagreements and options.half != "development":
-        sys.exit("--list-disagreements needs --half development: nobody tunes on the check half")
-    cases = [case for case in load() if options.half in ("all", half(case))]
+    wanted = options.half or ("development" if options.list_disagreements else "all")
+    if options.list_disagreements and wanted != "development":
+        sys.exit("--list-disagreements lists the development half only: nobody tunes on the check half")
+    cases = [case for case in load() if wanted in ("all", half(case))]
     if options.list_disagreements:
         list_disagreements(cases)
         return
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reference = agreement(right, [g.reference for g in graded])
     result = {
         "benchmark": "grader_agreement",
-        "case": options.half,
+        "case": wanted,
         "ours": round(ours, 4),
         "reference": round(reference, 4),
         "ratio": round(ours / reference, 4),
