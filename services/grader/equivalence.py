@@ -110,6 +110,7 @@ class _Comparer:
 
     def __init__(self, alarm_s: int) -> None:
         self._alarm_s = alarm_s
+        self._is_inside_set = False
 
     def equal(self, gold: str, answer: str) -> tuple[bool, Method]:
         """Compare two whole answers, or two elements of one. Raises UnparsableGoldError, TimeoutException."""
@@ -125,15 +126,18 @@ class _Comparer:
         option = self._by_option(gold, answer)
         if option is not None:
             return option
-        if units.hedges(answer) and not units.hedges(gold):
-            return False, Method.EXACT
         spelled = _by_spelling(gold, answer)
         if spelled is not None:
             return spelled, Method.EXACT
+        if units.hedges(answer) and not units.hedges(gold):
+            return False, Method.EXACT
         return self._by_quantity(gold, answer)
 
     def _by_option(self, gold: str, answer: str) -> tuple[bool, Method] | None:
         """Choices match by letter, a letter with its text also by its text; None when the gold is no choice."""
+        gold_letters = readings.option_letters(gold)
+        if gold_letters:
+            return gold_letters == readings.option_letters(answer), Method.EXACT
         gold_option, answer_option = readings.option_letter(gold), readings.option_letter(answer)
         if gold_option is None:
             if answer_option and answer_option[1]:  # "(B) 12" for 12
@@ -160,10 +164,10 @@ class _Comparer:
         gold, answer = (_radians(side) if _ARC.search(side) else side for side in (gold, answer))
         gold_unit, answer_unit = None, None
         if not _is_list(gold) and not _is_list(answer):
-            gold_value, gold_unit = units.split(gold)
-            answer_value, answer_unit = units.split(answer, expected=gold_unit is not None)
+            gold_value, gold_unit = _split_unit(gold)
+            answer_value, answer_unit = _split_unit(answer, expected=gold_unit is not None)
             if answer_unit is not None and gold_unit is None:
-                gold_value, gold_unit = units.split(gold, expected=True)
+                gold_value, gold_unit = _split_unit(gold, expected=True)
             gold, answer = gold_value, answer_value
         factor = units.factor(gold_unit, answer_unit)
         if factor is None:
@@ -210,8 +214,9 @@ class _Comparer:
     def _collections(
         self, gold: Collection | None, answer: Collection | None, gold_text: str, answer_text: str
     ) -> tuple[bool, Method]:
-        gold = gold or _singleton(gold_text, answer)
-        answer = answer or _singleton(answer_text, gold)
+        if not self._is_inside_set:  # {3} may be 3, but {{3}} is not {3}
+            gold = gold or _singleton(gold_text, answer)
+            answer = answer or _singleton(answer_text, gold)
         if gold is None or answer is None:
             if gold is None:
                 self._must_be_readable(gold_text)
@@ -225,7 +230,10 @@ class _Comparer:
             if gold.brackets != answer.brackets:
                 return False, Method.EXACT
             return self._pairs(list(zip(gold.elements, answer.elements, strict=True)))
-        return self._unordered(list(gold.elements), list(answer.elements))
+        was_inside, self._is_inside_set = self._is_inside_set, gold.kind == answer.kind == "set"
+        found = self._unordered(list(gold.elements), list(answer.elements))
+        self._is_inside_set = was_inside
+        return found
 
     def _by_name(self, gold: Collection, answer: Collection) -> tuple[bool, Method] | None:
         """`x=1, y=2` in any order, or as the tuple (1,2) in the order named; None when no names are given."""
@@ -406,6 +414,11 @@ def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
     if answer_pair and not _RELATION.search(gold):
         return gold, answer_pair[1]
     return gold, answer
+
+
+def _split_unit(text: str, *, expected: bool = False) -> tuple[str, units.Unit | None]:
+    """As `units.split`; a number is all value (the "million" of `3 million` is no unit)."""
+    return (text, None) if readings.number(text) else units.split(text, expected=expected)
 
 
 def _total(text: str) -> str:

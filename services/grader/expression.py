@@ -305,7 +305,7 @@ def _evaluate(node: Any, point: Point) -> Any:  # noqa: C901 - one case a kind o
             product *= _evaluate(part, point)
         return product
     if isinstance(node, sympy.exp):
-        return _power(MP.e, _evaluate(node.args[0], point))
+        return _power(MP.mpf(MP.e), _evaluate(node.exp, point))  # a Pow with base E counts as an exp, too
     if isinstance(node, sympy.Pow):
         return _root_or_power(node, point)
     if node is sympy.pi or node is sympy.E or node is sympy.I:

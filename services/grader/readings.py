@@ -201,6 +201,7 @@ def words(text: str) -> str | None:
     if len(bare) < 2:
         return None
     bare = re.sub(r"^(?:the|an?|it is|it's) (?=.)", "", bare)
+    bare = _ABBREVIATIONS.get(bare, bare)
     return _SYNONYMS.get(bare, bare)
 
 
@@ -208,6 +209,10 @@ _SHORT_WORDS = frozenset(
     {"yes", "no", "odd", "dne", "red", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "sum", "max", "min"}
     | set(_NUMBER_WORDS)
 )
+
+
+_DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_ABBREVIATIONS = {name[:length]: name for name in (*_DAYS, *_MONTHS) for length in (3, 4) if name != "may"}
 
 
 def canonical(text: str) -> str:
@@ -269,6 +274,14 @@ def option_letter(text: str) -> tuple[str, str] | None:
         return None
     letter = (match[1] or match[3]).upper()
     return letter, (match[2] or match[4] or "").strip(" :.-")
+
+
+def option_letters(text: str) -> frozenset[str] | None:
+    """Several choices, such as `(A),(C)`; None for one choice and for anything else."""
+    bare = re.sub(TEXT, r"\1", text).replace(" ", "")
+    if not re.fullmatch(rf"\(([A-{LARGEST_OPTION}])\)(?:[,;]?\([A-{LARGEST_OPTION}]\))+|[A-{LARGEST_OPTION}](?:[,;][A-{LARGEST_OPTION}])+", bare):
+        return None
+    return frozenset(re.findall("[A-Z]", bare))
 
 
 def collection(text: str) -> Collection | None:
