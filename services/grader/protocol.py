@@ -7,7 +7,7 @@ to refuse it.
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from services.contracts.wire import Verdict
 from services.grader.answer import Extraction
@@ -150,9 +150,9 @@ class PipelineRlRequest(_ForeignBody):
 
     prediction: Text | None
     gold: Json = None
-    strict: bool = True
+    strict: StrictBool = True
     """Not used: variables always matter, and sets are never tuples."""
-    max_prediction_length: int = 1_000
+    max_prediction_length: StrictInt = 1_000
     """A longer answer, in characters, is unparsable."""
 
 
