@@ -28,6 +28,7 @@ CERTAIN_DECIMALS = 6  # a decimal for a value that has no finite one is right fr
 _SMALL = Fraction(1, 10_000)  # below it, places after the point say nothing
 
 _RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])|\\begin")
+_SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|in|notin|subset|subseteq)(?![A-Za-z])")
 _ARC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _QUALIFIER = re.compile(
     r"[,;] ?(?:where )?[a-z](?:,[a-z])*\\in ?\\mathbb\{[ZNRQ]\}(?:\^\+)?$|,? ?\\text\{(?:where|for|for all|with)[^{}]*\}.*$"
@@ -40,6 +41,7 @@ _TAKEN_NAME = re.compile(
     r"|(?<![\\A-Za-z])(?:[eEI]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\})|[A-Za-z]_(?:[eEiI]|\{[eEiI]\}))"
     r"|(?<![\\A-Za-z])I(?![A-Za-z])|\\gamma(?![A-Za-z(])"
 )
+_DERIVATIVE = re.compile(r"\\frac\{d ?([A-Za-z])\}\{d ?([A-Za-z])\}")
 _PRIMED = re.compile(r"(?<![\\A-Za-z])([A-Za-z])(?:\^\{?\\prime\}?|('+))")
 
 
@@ -120,7 +122,7 @@ class _Comparer:
             return True, Method.EXACT
         if is_blank(answer) or max(len(gold), len(answer)) > expression.MAX_CHARS:
             return False, Method.EXACT
-        gold, answer = (readings.canonical(readings.spelled_number(side)) for side in (gold, answer))
+        gold, answer = (readings.canonical(readings.spelled_number(readings.drop_phrase(side))) for side in (gold, answer))
         if gold == answer:
             return True, Method.EXACT
         option = self._by_option(gold, answer)
@@ -164,10 +166,10 @@ class _Comparer:
         gold, answer = (_radians(side) if _ARC.search(side) else side for side in (gold, answer))
         gold_unit, answer_unit = None, None
         if not _is_list(gold) and not _is_list(answer):
-            gold_value, gold_unit = _split_unit(gold)
-            answer_value, answer_unit = _split_unit(answer, expected=gold_unit is not None)
+            gold_value, gold_unit = units.split(gold)
+            answer_value, answer_unit = units.split(answer, expected=gold_unit is not None)
             if answer_unit is not None and gold_unit is None:
-                gold_value, gold_unit = _split_unit(gold, expected=True)
+                gold_value, gold_unit = units.split(gold, expected=True)
             gold, answer = gold_value, answer_value
         factor = units.factor(gold_unit, answer_unit)
         if factor is None:
@@ -196,13 +198,15 @@ class _Comparer:
         gold_rows, answer_rows = readings.matrix(gold), readings.matrix(answer)
         if gold_rows and answer_rows:
             return self._matrices(gold_rows, answer_rows)
-        if gold_rows and min(len(gold_rows), len(gold_rows[0])) == 1:  # a vector may be written as a tuple
+        if gold_rows and r"\begin" not in answer and min(len(gold_rows), len(gold_rows[0])) == 1:  # a vector may be written as a tuple
             gold = f"({','.join(cell for row in gold_rows for cell in row)})"
-        if answer_rows and min(len(answer_rows), len(answer_rows[0])) == 1:
+        if answer_rows and r"\begin" not in gold and min(len(answer_rows), len(answer_rows[0])) == 1:
             answer = f"({','.join(cell for row in answer_rows for cell in row)})"
         gold_parts, answer_parts = _collection(gold), _collection(answer)
         if gold_parts is not None or answer_parts is not None:
             return self._collections(gold_parts, answer_parts, gold, answer)
+        if _SET_SIGN.search(gold):
+            return False, Method.EXACT  # sets of letters are compared by spelling alone
         gold_relation, answer_relation = readings.relation(gold), readings.relation(answer)
         if gold_relation and answer_relation:
             return self._relations(gold_relation, answer_relation), Method.SYMBOLIC
@@ -226,9 +230,9 @@ class _Comparer:
             return by_name
         if len(gold.elements) != len(answer.elements):
             return False, Method.EXACT
-        if gold.kind == "ordered" or answer.kind == "ordered":
-            if gold.brackets != answer.brackets:
-                return False, Method.EXACT
+        if gold.brackets != answer.brackets and {gold.kind, answer.kind} & {"ordered", "union"}:
+            return False, Method.EXACT
+        if gold.kind == "ordered":
             return self._pairs(list(zip(gold.elements, answer.elements, strict=True)))
         was_inside, self._is_inside_set = self._is_inside_set, gold.kind == answer.kind == "set"
         found = self._unordered(list(gold.elements), list(answer.elements))
@@ -416,11 +420,6 @@ def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
     return gold, answer
 
 
-def _split_unit(text: str, *, expected: bool = False) -> tuple[str, units.Unit | None]:
-    """As `units.split`; a number is all value (the "million" of `3 million` is no unit)."""
-    return (text, None) if readings.number(text) else units.split(text, expected=expected)
-
-
 def _total(text: str) -> str:
     """`2 hours 30 minutes` as one quantity in its last unit."""
     parts = readings.mixed_quantities(text)
@@ -489,7 +488,7 @@ def _collection(text: str) -> Collection | None:
     """As `readings.collection`, and `a\\pm b` written out as its two values."""
     if text.count(r"\pm") == 1 and readings.collection(text) is None:
         return Collection("list", "", (text.replace(r"\pm", "+"), text.replace(r"\pm", "-")))
-    found = readings.collection(text)
+    found = readings.collection(text) or readings.union(text)
     if found is None or found.kind == "ordered" or r"\pm" not in text:
         return found
     elements: list[str] = []
@@ -524,6 +523,8 @@ def _for_parser(text: str) -> str:
     text = collapse(text, "()").replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
     text = re.sub(r"(?<![0-9A-Za-z}.)^_])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed, text)
     text = re.sub(r"(?<=[0-9])\.(?![0-9])", "", text)
+    text = _DERIVATIVE.sub(lambda match: _symbol("d" + match[1] + "over" + match[2]), text)
+    text = re.sub(r"(\\(?:sum|prod)_\{[^{}]*\})\^([A-Za-z0-9])", r"\1^{\2}", text)
     text = re.sub(TEXT, lambda match: _symbol(match[1]), text)
     text = _TAKEN_NAME.sub(lambda match: _symbol(match.group()), text)
     return _PRIMED.sub(lambda match: _symbol(match[1] + "prime" * len(match[2] or "'")), text)

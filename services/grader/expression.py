@@ -171,6 +171,8 @@ def proportion(gold: sympy.Expr, answer: sympy.Expr) -> Any | None:
     With it, `gold = 0` and `answer = 0` say the same.
     """
     names = _names(gold) | _names(answer)
+    if not names:
+        return None
     ratio, agreeing = None, 0
     try:
         for point in _points(names):

@@ -72,6 +72,8 @@ _PLAIN = (
     (re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathnormal|underline|mathcal)\s*\{([^{}]*)\}"), r"{\1}"),
     (re.compile(r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname|emph)(?![A-Za-z])\*?"), r"\\text"),
     (re.compile(r"\\(?:fbox)(?=\{)"), ""),
+    (re.compile(r"\\(vec|hat|bar|tilde|dot|ddot|overline)\s*([A-Za-z0-9])(?![A-Za-z])"), r"\\\1{\2}"),
+    (re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\sto\s)\s*(?=[0-9])"), ":"),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\^\s*\\degrees?(?![A-Za-z])|\\degrees?(?![A-Za-z])|\\textdegree(?![A-Za-z])"), r"^\\circ "),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,|\\;|\\:|\{\\,\}|\\ |\\!)\s*(?=[0-9]{3}(?![0-9]))"), ""),  # thousands
     (re.compile(r"(?<![0-9])([0-9]{1,3})((?: [0-9]{3})+)(?![0-9/\\])"), lambda m: m[1] + m[2].replace(" ", "")),

@@ -54,8 +54,8 @@ _SYNONYMS = {
     "the real numbers": "real numbers", "every real number": "real numbers", "all real": "real numbers",
     "the set of all real numbers": "real numbers", "all real values": "real numbers",
     "infinite": "infinity", "positive infinity": "infinity", "plus infinity": "infinity",
-    "infinitely many solutions": "infinitely many", "infinite number of solutions": "infinitely many",
-    "infinitely many": "infinitely many", "infinite solutions": "infinitely many",
+    "infinitely many solutions": "infinity", "infinite number of solutions": "infinity",
+    "infinitely many": "infinity", "infinite solutions": "infinity",
     "minus infinity": "negative infinity",
 }  # fmt: skip
 _CANONICAL = {
@@ -121,13 +121,17 @@ _RESIDUE = re.compile(
     r"\(?\{?(?P<modulus>[0-9]{1,30})\}?\)?\)?"
 )
 _ASSIGNMENT = re.compile(
-    r"(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([A-Za-z](?:,[A-Za-z])*\))?"
+    r"(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))?'*(?:\^\{-1\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?"
     r"|\\frac\{[A-Za-z]\}\{[A-Za-z]\}|[A-Za-z]/[A-Za-z]|[a-wA-W](?:\+[a-wA-W]){1,4}"
-    r"|\([A-Za-z](?:,[A-Za-z]){1,5}\)|\|?\\?[A-Z]{2,3}\|?|\\angle ?[A-Z]{1,3})"
+    r"|\([A-Za-z](?:,[A-Za-z]){1,5}\)|\|?\\?[A-Z]{2,3}\|?|m?\\angle ?[A-Z]{1,3})"
     r"(?:=|\\approx ?|\\in(?![A-Za-z]) ?)(?P<value>[^=<>].*)"
 )
 _LABEL = re.compile(
     r"(?:\\text\{[A-Za-z ,']{2,60}(?:=|:|\bis)?\}|[A-Za-z][A-Za-z ']{2,60}) ?(?:=|:)(?=.)|\\text\{[A-Za-z ,']{2,60}(?::|\bis)\}"
+)
+_PHRASE = re.compile(
+    r"(?i:^(?:\\text\{)?(?:(?:so |thus |hence )?(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is|:)|about|approximately|roughly"
+    r"|around|for all|all|when|if)(?: *\}| (?=[0-9(A-J])))|^\\approx"
 )
 _RELATION_SIGN = re.compile(r"<|>|\\leq(?![A-Za-z]) ?|\\geq(?![A-Za-z]) ?|\\neq(?![A-Za-z]) ?|=")
 
@@ -145,7 +149,7 @@ class Number:
 class Collection:
     """A list, tuple, interval or set, with its elements as text."""
 
-    kind: Literal["list", "set", "ordered"]  # ordered: tuple or interval, told apart by the brackets alone
+    kind: Literal["list", "set", "union", "ordered"]  # ordered: tuple or interval, told apart by the brackets alone
     brackets: str  # "(]" and so on; "" for a bare list
     elements: tuple[str, ...]
 
@@ -273,7 +277,8 @@ def option_letter(text: str) -> tuple[str, str] | None:
     if match is None:
         return None
     letter = (match[1] or match[3]).upper()
-    return letter, (match[2] or match[4] or "").strip(" :.-")
+    text = (match[2] or match[4] or "").strip(" :.-")
+    return None if re.search(rf"^[,;]|\([A-{LARGEST_OPTION}]\)", text) else (letter, text)
 
 
 def option_letters(text: str) -> frozenset[str] | None:
@@ -302,6 +307,15 @@ def collection(text: str) -> Collection | None:
     if not all(parts) or (len(parts) < 2 and not is_set):
         return None
     return Collection("set" if is_set else "ordered", "{}" if is_set else text[0] + text[-1], tuple(parts))
+
+
+def union(text: str) -> Collection | None:
+    r"""The parts of a union or an intersection, whose order does not matter: `A\cup B`."""
+    for sign in (r"\cup", r"\cap"):
+        if text.count(sign) and not re.search(r"\\(?:cup|cap|setminus)", text.replace(sign, "")):
+            parts = tuple(part.strip() for part in re.split(re.escape(sign) + "(?![A-Za-z])", text))
+            return Collection("union", sign, parts) if all(parts) else None
+    return None
 
 
 def split_commas(text: str, *, is_inside: bool = False) -> tuple[list[str], bool]:
@@ -418,6 +432,11 @@ def assignment(text: str) -> tuple[str, str] | None:
     if match is None or _RELATION_SIGN.search(match["value"]):
         return None
     return match["name"].replace("{", "").replace("}", "").strip(), match["value"].strip()
+
+
+def drop_phrase(text: str) -> str:
+    r"""`\text{The answer is }12`, `about 12`, `\approx 12` and `\text{all }x>12` without what stands before."""
+    return _PHRASE.sub("", text) or text
 
 
 def drop_label(text: str) -> str:

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from services.grader.readings import number
+
 Dimension = tuple[tuple[str, int], ...]  # base quantity and its power, sorted; () is a plain number
 
 _TEXT = r"\\text\{([^{}]*)\}"
@@ -159,7 +161,7 @@ _OPPOSITES = (
     ("above", "below"), ("am", "pm"), ("before", "after"), ("more", "less"), ("more", "fewer"), ("bc", "ad"),
     ("positive", "negative"), ("inside", "outside"), ("win", "loss"), ("faster", "slower"), ("older", "younger"),
     ("deficit", "surplus"), ("debit", "credit"), ("taller", "shorter"), ("heavier", "lighter"), ("longer", "shorter"),
-    ("forward", "backward"), ("upward", "downward"), ("hotter", "colder"), ("warmer", "colder"), ("early", "late"),
+    ("forward", "backward"), ("upward", "downward"), ("ago", "later"), ("ago", "hence"), ("hotter", "colder"), ("warmer", "colder"), ("early", "late"),
     ("earlier", "later"), ("ahead", "behind"), ("n", "s"), ("e", "w"), ("ne", "sw"), ("nw", "se"), ("ne", "nw"),
     ("northeast", "southwest"), ("northwest", "southeast"), ("northeast", "northwest"), ("northeast", "southeast"),
     ("larger", "smaller"), ("greater", "smaller"), ("greater", "less"), ("higher", "lower"), ("rise", "fall"),
@@ -200,6 +202,8 @@ def split(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
 
 
 def _split_tail(text: str, *, expected: bool) -> tuple[str, Unit | None]:
+    if number(text):
+        return text, None  # the "million" of `3 million` is no unit
     match = re.search(r"\^\\circ ?(?:\\text\{ ?)?([CFK]?)\}?$", text)
     if match:
         name = {"C": "celsius", "F": "fahrenheit", "K": "kelvin"}.get(match.group(1), "degree")
