@@ -174,10 +174,12 @@ class GraderSection(_Section):
     """0: the launcher picks a free one."""
     workers: Positive = 1
     """Killable worker processes."""
-    timeout_s: PositiveFloat = 3.0
+    timeout_s: PositiveFloat = 2.0
     """Deadline of one item, from the moment a worker starts on it."""
     queue_size: Positive = 16_384
     """Items waiting; beyond it requests are answered 503 with Retry-After. A full batch is 10,000."""
+    cache_items: NonNegative = 65_536
+    """Comparisons remembered; 0: none."""
     worker_memory_mb: Positive = 2048
     """Address-space limit of a worker."""
     worker_max_items: Positive = 10_000

@@ -71,7 +71,7 @@ def create_app(config: GraderSection, *, api_key: str | None = None) -> FastAPI:
         protection = {"dependencies": [Security(scheme)], "responses": UNAUTHORIZED}
     app.add_middleware(SecurityHeaders, policies={"/": PAGE_POLICY, "/docs": DOCS_POLICY})
     add_health(app, pool.not_ready)
-    judge = Judge(pool)
+    judge = Judge(pool, cache_items=config.cache_items)
     app.include_router(_native_routes(judge, **protection))
     app.include_router(trainer_routes(judge, config, **protection))
 

@@ -12,7 +12,6 @@ from services.contracts.wire import Verdict
 from services.grader.answer import Extraction, extract, is_blank, unwrap
 from services.grader.pool import Item, Outcome, Pool
 
-CACHE_ITEMS = 65_536
 MAX_GOLDS = 64
 MAX_GOLD_CHARS = 8_192
 YIELD_EVERY = 16  # extractions between two looks at the event loop: one takes up to a millisecond
@@ -51,13 +50,13 @@ class Judgement:
 class Judge:
     """Judges questions on a pool. A verdict is a pure function of answer and golds, so it may be remembered."""
 
-    def __init__(self, pool: Pool, *, cache_items: int = CACHE_ITEMS) -> None:
+    def __init__(self, pool: Pool, *, cache_items: int) -> None:
         self._pool = pool
         self._cache_items = cache_items
         self._cache: OrderedDict[Item, Outcome] = OrderedDict()
 
     async def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Judge side by side, in order. Raises PoolBusyError, then for all of them."""
+        """Judge side by side, in order. Raises PoolBusyError or BatchTooLargeError, then for all of them."""
         judgements: list[Judgement | None] = []
         waiting: dict[Item, list[tuple[int, float]]] = {}
         for index, question in enumerate(questions):

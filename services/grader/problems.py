@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from services.grader.pool import PoolBusyError
+from services.grader.pool import BatchTooLargeError, PoolBusyError
 
 MAX_BODY_BYTES = 32 * 2**20
 MEDIA_TYPE = "application/problem+json"
@@ -65,6 +65,7 @@ def add_problems(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(PoolBusyError, _busy)
+    app.add_exception_handler(BatchTooLargeError, _too_large)
     app.add_exception_handler(Exception, _internal)
     generate = app.openapi
 
@@ -101,6 +102,10 @@ def _is_json(media_type: str) -> bool:
 async def _http_error(_: Request, error: Exception) -> Response:
     error = cast(HTTPException, error)
     return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+async def _too_large(_: Request, error: Exception) -> Response:
+    return problem(413, str(error))
 
 
 async def _busy(_: Request, error: Exception) -> Response:

@@ -1,22 +1,17 @@
 """The grader as a real process, over HTTP: verdicts, protocols, hostile input, dying workers, start-up errors."""
 
 import asyncio
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from services.contracts.config import RunConfig, to_toml_dict
-from services.contracts.settings import GraderSection
+from tests.grader_process import Grader, running, until
 
 pytestmark = pytest.mark.integration
 
@@ -24,62 +19,10 @@ TIMEOUT_S = 2.0
 SLOW = r"\frac{" * 40 + "1" + "}{2}" * 40  # passes the guards; evalf doubles its work at each level
 
 
-@dataclass(frozen=True)
-class Grader:
-    process: subprocess.Popen[bytes]
-    client: httpx.Client
-
-    def grade(self, answer: str, gold: str | list[str], **more: object) -> dict[str, object]:
-        reply = self.client.post("/v1/grade", json={"response": rf"\boxed{{{answer}}}", "gold": gold, **more})
-        assert reply.status_code == 200, reply.text
-        return dict(reply.json())
-
-    def worker_pids(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if "worker_process" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-    def is_complete(self) -> bool:
-        """Whether it answers and both its workers are warm."""
-        try:
-            return self.metric("multiattempt_grader_workers_ready") == 2
-        except httpx.ConnectError:
-            return False
-
-    def metric(self, name: str) -> float:
-        lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(happened: Callable[[], bool], deadline_s: float = 30.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not happened():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def grader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grader]:
-    section = GraderSection(port=free_port(), workers=2, timeout_s=TIMEOUT_S, queue_size=64)
-    path = tmp_path_factory.mktemp("run") / "config.json"
-    path.write_text(json.dumps(to_toml_dict(RunConfig(grader=section))))
-    log = path.with_name("grader.log").open("wb")
-    process = subprocess.Popen([sys.executable, "-m", "services.grader", "--config", str(path)], stderr=log)
-    with log, httpx.Client(base_url=f"http://127.0.0.1:{section.port}", timeout=20) as client:
-        grader = Grader(process, client)
-        try:
-            until(grader.is_complete)
-            yield grader
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(15) == 0
-        finally:
-            process.kill()
-            process.wait(15)
+    with running(tmp_path_factory.mktemp("run"), timeout_s=TIMEOUT_S, queue_size=64) as grader:
+        yield grader
 
 
 def test_verdicts_come_with_their_layer_and_the_answer_found(grader: Grader) -> None:
@@ -135,10 +78,10 @@ def test_a_killed_worker_is_replaced_and_no_verdict_is_lost(grader: Grader) -> N
     assert grader.metric('multiattempt_grader_worker_failures_total{cause="crash"}') >= 2
 
 
-def test_more_items_than_the_queue_holds_are_refused_for_now(grader: Grader) -> None:
+def test_more_items_than_the_queue_ever_holds_are_refused_for_good(grader: Grader) -> None:
     items = [{"response": rf"\boxed{{{n}}}", "gold": f"{n}.0"} for n in range(300, 365)]
     reply = grader.client.post("/v1/grade/batch", json={"items": items})
-    assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+    assert reply.status_code == 413 and "grader.queue_size is 64" in reply.json()["detail"]
     assert reply.headers["content-type"] == "application/problem+json"
 
 
