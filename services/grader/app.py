@@ -6,6 +6,7 @@ requests, 503 with Retry-After for a full queue. Grading itself is `judge`'s.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
@@ -15,12 +16,13 @@ from fastapi_offline import FastAPIOffline
 
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
+from services.grader.explain import explain as explain_module
 from services.grader.guards import Bearer, BodyLimit, SecurityHeaders
 from services.grader.judge import Judge, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
 from services.grader.pool import Pool
 from services.grader.problems import RESPONSES, UNAUTHORIZED, add_problems
-from services.grader.protocol import BatchRequest, BatchResult, GradeRequest, GradeResult
+from services.grader.protocol import BatchRequest, BatchResult, ExplainResult, GradeRequest, GradeResult
 from services.grader.trainers import trainer_routes
 
 _DESCRIPTION = """Is this final answer mathematically equal to the gold answer?
@@ -70,10 +72,10 @@ def create_app(config: GraderSection, *, api_key: str | None = None) -> FastAPI:
         )  # for the document: Bearer checks
         protection = {"dependencies": [Security(scheme)], "responses": UNAUTHORIZED}
     app.add_middleware(SecurityHeaders, policies={"/": PAGE_POLICY, "/docs": DOCS_POLICY})
-    add_health(app, pool.not_ready)
     judge = Judge(pool, cache_items=config.cache_items)
     app.include_router(_native_routes(judge, **protection))
     app.include_router(trainer_routes(judge, config, **protection))
+    add_health(app, pool.not_ready)
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:
@@ -94,6 +96,15 @@ def _native_routes(judge: Judge, **options: Any) -> APIRouter:
     async def grade(request: GradeRequest) -> GradeResult:
         """Grade one response."""
         return GradeResult.of((await judge.judge([_question(request)]))[0], request.id)
+
+    @router.post("/v1/explain", responses=RESPONSES)
+    async def explain(request: GradeRequest) -> ExplainResult:
+        """Grade one response, and show both sides as mathematics and as they are compared: what the page at / asks."""
+        question = _question(request)
+        [judgement] = await judge.judge([question])
+        graded = GradeResult.of(judgement, request.id).model_dump()
+        explanation = asdict(explain_module(judgement.extracted, question.golds))
+        return ExplainResult.model_validate(graded | explanation)
 
     @router.post("/v1/grade/batch", responses=RESPONSES)
     async def grade_batch(request: BatchRequest) -> BatchResult:

@@ -88,6 +88,19 @@ class GradeResult(_Body):
         )
 
 
+class ExplainResult(GradeResult):
+    """A verdict, and what a person wants to see of it; null where a text is too long, too deep or no LaTeX."""
+
+    normalised_answer: str | None
+    """The answer in the spelling that is compared."""
+    normalised_golds: list[str | None]
+    """The first golds likewise."""
+    answer_mathml: str | None
+    """The answer as a MathML element, without anything that acts."""
+    gold_mathml: list[str | None]
+    """The first golds likewise."""
+
+
 class BatchRequest(_Body):
     """Many responses at once."""
 
