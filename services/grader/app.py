@@ -16,7 +16,6 @@ from fastapi_offline import FastAPIOffline
 
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
-from services.grader.explain import explain as explain_module
 from services.grader.guards import Bearer, BodyLimit, SecurityHeaders
 from services.grader.judge import Judge, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
@@ -100,11 +99,8 @@ def _native_routes(judge: Judge, **options: Any) -> APIRouter:
     @router.post("/v1/explain", responses=RESPONSES)
     async def explain(request: GradeRequest) -> ExplainResult:
         """Grade one response, and show both sides as mathematics and as they are compared: what the page at / asks."""
-        question = _question(request)
-        [judgement] = await judge.judge([question])
-        graded = GradeResult.of(judgement, request.id).model_dump()
-        explanation = asdict(explain_module(judgement.extracted, question.golds))
-        return ExplainResult.model_validate(graded | explanation)
+        judgement, explanation = await judge.explain(_question(request))
+        return ExplainResult.model_validate(GradeResult.of(judgement, request.id).model_dump() | asdict(explanation))
 
     @router.post("/v1/grade/batch", responses=RESPONSES)
     async def grade_batch(request: BatchRequest) -> BatchResult:

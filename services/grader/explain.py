@@ -40,8 +40,13 @@ class Explanation:
     answer_mathml: str | None
     gold_mathml: list[str | None]
 
+    @classmethod
+    def nothing(cls, num_golds: int) -> "Explanation":
+        """Nothing can be shown."""
+        return cls(None, [None] * num_golds, None, [None] * num_golds)
 
-def explain(answer: str | None, golds: Sequence[str]) -> Explanation:
+
+def explain(answer: str, golds: Sequence[str]) -> Explanation:
     """Explain the comparison of `answer` with the first golds."""
     golds = golds[:MAX_GOLDS]
     return Explanation(
@@ -52,9 +57,9 @@ def explain(answer: str | None, golds: Sequence[str]) -> Explanation:
     )
 
 
-def to_mathml(text: str | None) -> str | None:
+def to_mathml(text: str) -> str | None:
     r"""One line of LaTeX (bare, in `$..$` or in `\boxed{}`) as `<math>`; None when it cannot be drawn."""
-    if text is None or not _is_bounded(text):
+    if not _is_bounded(text):
         return None
     latex = clean(unwrap(text)).strip()
     if not latex:
@@ -69,8 +74,8 @@ def to_mathml(text: str | None) -> str | None:
     return tostring(math, encoding="unicode")
 
 
-def _normalised(text: str | None) -> str | None:
-    return normalise(text) if text is not None and _is_bounded(text) else None
+def _normalised(text: str) -> str | None:
+    return normalise(text) if text and _is_bounded(text) else None
 
 
 def _is_bounded(text: str) -> bool:

@@ -10,6 +10,8 @@ from prometheus_client import Counter
 
 from services.contracts.wire import Verdict
 from services.grader.answer import Extraction, extract, is_blank, unwrap
+from services.grader.explain import MAX_GOLDS as MAX_EXPLAINED
+from services.grader.explain import Explanation
 from services.grader.pool import Item, Outcome, Pool
 
 MAX_GOLDS = 64
@@ -78,6 +80,13 @@ class Judge:
         for judgement in complete:
             _VERDICTS.labels(judgement.verdict.value, judgement.method or "none").inc()
         return complete
+
+    async def explain(self, question: Question) -> tuple[Judgement, Explanation]:
+        """Judge one question, and say how both sides look and are compared. Raises PoolBusyError."""
+        [judgement] = await self.judge([question])
+        golds = tuple(gold if len(gold) <= MAX_GOLD_CHARS else "" for gold in question.golds[:MAX_EXPLAINED])
+        fields = await self._pool.explain(judgement.extracted or "", golds)
+        return judgement, Explanation(**fields) if fields else Explanation.nothing(len(golds))
 
     def _at_once(self, question: Question) -> Judgement | tuple[Item, float]:
         """What needs no worker: no answer, no gold, or a known comparison. Else the item and the time spent, in ms."""

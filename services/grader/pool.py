@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -54,6 +55,7 @@ class Item:
 
     answer: str
     golds: tuple[str, ...]
+    is_explanation: bool = False  # wanted is how the two look, not whether they are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Outcome:
     verdict: Verdict
     method: str | None
     elapsed_ms: float
+    explanation: dict[str, Any] | None = None  # of an item that is one: `explain.Explanation`
 
 
 class _Request:
@@ -212,6 +215,10 @@ class Pool:
         except TimeoutError as error:
             raise PoolBusyError(f"no verdict within {MAX_WAIT_S:.0f} s: the queue is too long") from error
 
+    async def explain(self, answer: str, golds: tuple[str, ...]) -> dict[str, Any] | None:
+        """`explain.Explanation` by field name, made where hostile text may be read; None past the deadline."""
+        return (await self.grade(Item(answer, golds, is_explanation=True))).explanation
+
     async def _slot(self) -> None:
         """Keep one worker alive for ever."""
         failures = 0
@@ -291,12 +298,13 @@ class Pool:
     async def _ask(self, worker: Worker, item: Item) -> Outcome:
         started = time.monotonic()
         try:
-            reply = await worker.ask({"answer": item.answer, "golds": item.golds}, timeout_s=self._timeout_s)
+            question = {"answer": item.answer, "golds": item.golds, "explain": item.is_explanation}
+            reply = await worker.ask(question, timeout_s=self._timeout_s)
         finally:
             _SECONDS.observe(time.monotonic() - started)
         if "failure" in reply:
             raise WorkerError(str(reply["failure"]))
-        return Outcome(Verdict(reply["verdict"]), reply["method"], float(reply["elapsed_ms"]))
+        return Outcome(Verdict(reply["verdict"]), reply["method"], float(reply["elapsed_ms"]), reply.get("explanation"))
 
     async def _cause(self, worker: Worker, error: WorkerError) -> str:
         """Tell a worker that the kernel ended over its memory (`confinement`) from one that died otherwise."""

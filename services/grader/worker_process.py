@@ -22,10 +22,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
+from services.contracts.wire import Verdict
 from services.grader import confinement, frames, no_eval
 from services.grader.equivalence import compare
+from services.grader.explain import explain
 
 REAP_EVERY_S = 0.02  # while a killed worker has not ended yet
 _PROBE = ("2(x+1)", "2x+2")
@@ -76,6 +79,7 @@ def _warm_up() -> None:
     no_eval.seal()
     for answer, gold in _WARM_UP:
         compare(answer, [gold], alarm_s=60)
+    explain(*_PROBE)
     gc.collect()
     gc.freeze()  # forked workers share what is here: their collector must not touch it
 
@@ -159,14 +163,22 @@ def _work(stream: BinaryIO, watch: confinement.MemoryWatch, arguments: argparse.
         confinement.allow_cpu(arguments.timeout_s)
         started = time.perf_counter()
         try:
-            found = compare(request["answer"], request["golds"], alarm_s=arguments.alarm_s)
+            reply = _answer(request, alarm_s=arguments.alarm_s)
         except MemoryError:
-            found = None
+            reply = None
         elapsed_ms = (time.perf_counter() - started) * 1000.0
-        if found is None or watch.is_exhausted():
+        if reply is None or watch.is_exhausted():
             _send(stream, {"failure": "memory"})
             return
-        _send(stream, {"verdict": found.verdict, "method": found.method, "elapsed_ms": elapsed_ms})
+        _send(stream, reply | {"elapsed_ms": elapsed_ms})
+
+
+def _answer(request: dict[str, Any], *, alarm_s: int) -> dict[str, Any]:
+    if request["explain"]:
+        explanation = explain(request["answer"], request["golds"])
+        return {"verdict": Verdict.NO_ANSWER, "method": None, "explanation": asdict(explanation)}
+    found = compare(request["answer"], request["golds"], alarm_s=alarm_s)
+    return {"verdict": found.verdict, "method": found.method}
 
 
 def _send(stream: BinaryIO, message: dict[str, Any]) -> None:
