@@ -15,12 +15,18 @@ MAX_LINE_CHARS = 2_000  # of the line that states an answer without a box
 MAX_WRAPPERS = 8  # layers of `$` and boxes around an answer
 MAX_JOINER_CHARS = 40  # of ", and " between two boxes that are one answer
 
+# <|im_end|> and its like (Qwen, Llama, Phi), DeepSeek's with full-width bars, Gemma's, SentencePiece's, Mistral's.
+SPECIAL_TOKEN = re.compile(
+    r"<\|[A-Za-z0-9_ ]{3,40}\|>|<｜[^<>｜]{3,40}｜>|<(?:start|end)_of_turn>|</?s>|<pad>|<eos>|<bos>|<unk>|\[/?INST\]"  # noqa: RUF001
+)
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{?|\\.|[{}]", re.DOTALL)
 _JOINER = re.compile(r"[\s$]*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\}|[\s,])*[\s$]*")
 _BLANK = re.compile(r"(?:[\s{}$~]|\\[,;:! ])*")
 _ANCHOR = re.compile(
-    r"####[ \t]*|\b(?:final[ \t]+)?answer\b[ \t]*(?:\*\*)?[ \t]*(?:is|:|=)[ \t]*:?[ \t]*(?:\*\*)?[ \t]*", re.IGNORECASE
+    r"####[ \t]*|\b(?:final[ \t]+)?answer\b[ \t]*(?:\*\*)?[ \t]*(?:is|:|=)[ \t]*:?[ \t]*(?:\*\*)?[ \t]*",
+    re.IGNORECASE,
 )
+_JSON_ANSWER = re.compile(r"\"(?:final_)?answer\"[ \t]*:[ \t]*(?:\"([^\"\n]{1,2000})\"|([^\s\",{}\[\]]{1,200}))")
 _INLINE_MATH = re.compile(r"\$\$?([^$\n]{1,2000})\$\$?|\\\(([^\n]{1,2000}?)\\\)|\\\[([^\n]{1,2000}?)\\\]")
 _UNBRACED_BOX = re.compile(r"\\boxed\s{1,8}([^\s{}$\\]{1,100})")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")  # a run of letters that is no LaTeX command
@@ -36,10 +42,10 @@ class Extraction(StrEnum):
 def extract(response: str, *, mode: Extraction = Extraction.BOXED) -> str | None:
     r"""Return the final answer of `response`, stripped, or None when it states none.
 
-    Text up to the last `</think>` is ignored, and so is all but the last `MAX_TAIL_CHARS`. Boxes side by side,
+    Text up to the last `</think>` is ignored, so are special tokens and all but the last `MAX_TAIL_CHARS`. Boxes side by side,
     joined by a comma, "and" or "or", are one answer: `\boxed{1} and \boxed{2}` gives `1,2`.
     """
-    tail = response[-MAX_TAIL_CHARS:].rpartition("</think>")[2]
+    tail = SPECIAL_TOKEN.sub("", response[-MAX_TAIL_CHARS:].rpartition("</think>")[2])
     found = _last_box(tail)
     if found is None and mode is Extraction.AUTO:
         found = _stated(tail)
@@ -123,6 +129,9 @@ def _stated(text: str) -> str | None:
     unbraced = _UNBRACED_BOX.findall(text)
     if unbraced:
         return str(unbraced[-1]).strip(" .,;:*") or None
+    fields = _JSON_ANSWER.findall(text)
+    if fields:
+        return "".join(fields[-1])
     anchors = [match.end() for match in _ANCHOR.finditer(text)]
     if anchors:
         line = text[anchors[-1] :].lstrip("\n").partition("\n")[0][:MAX_LINE_CHARS]

@@ -16,33 +16,22 @@ from typing import Any
 from math_verify.errors import TimeoutException
 
 from services.contracts.wire import Verdict
-from services.grader import expression, readings, real_sets, units
+from services.grader import expression, notations, readings, real_sets, units
 from services.grader.answer import is_blank
-from services.grader.expression import MP, UnreadableError
-from services.grader.normalise import TEXT, collapse, normalise
+from services.grader.expression import UnreadableError
+from services.grader.normalise import normalise
+from services.grader.numeric import decimal_equals, numbers_equal
 from services.grader.readings import Collection, Number, Relation
 
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
-ROUNDED_DECIMALS = 4  # a gold answer with so many decimals may stand for a closed form that rounds to it
-CERTAIN_DECIMALS = 6  # a decimal for a value that has no finite one is right from so many correct places on
-_SMALL = Fraction(1, 10_000)  # below it, places after the point say nothing
 
 _RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])|\\begin")
 _SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|in|notin|subset|subseteq)(?![A-Za-z])")
 _ARC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _QUALIFIER = re.compile(
-    r"[,;] ?(?:where )?[a-z](?:,[a-z])*\\in ?\\mathbb\{[ZNRQ]\}(?:\^\+)?$|,? ?\\text\{(?:where|for|for all|with)[^{}]*\}.*$"
+    r"[,;] ?(?:where )?[a-z](?:,[a-z])*\\in ?\\mathbb\{[ZNRQ]\}(?:\^\+)?$"
+    r"|,? ?\\text\{(?:where|for|for all|with)[^{}]*\}.*$"
 )
-
-
-# Names that the parser takes for constants, or cannot read: E_0, m_e, I, \\gamma, L_\\odot.
-_TAKEN_NAME = re.compile(
-    r"(?<![\\A-Za-z])[A-Za-z]_(?:\{\\[a-z]+\}|\\(?:odot|oplus|star|infty)(?![A-Za-z]))"
-    r"|(?<![\\A-Za-z])(?:[eEI]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\})|[A-Za-z]_(?:[eEiI]|\{[eEiI]\}))"
-    r"|(?<![\\A-Za-z])I(?![A-Za-z])|\\gamma(?![A-Za-z(])"
-)
-_DERIVATIVE = re.compile(r"\\frac\{d ?([A-Za-z])\}\{d ?([A-Za-z])\}")
-_PRIMED = re.compile(r"(?<![\\A-Za-z])([A-Za-z])(?:\^\{?\\prime\}?|('+))")
 
 
 class Method(StrEnum):
@@ -96,17 +85,6 @@ def _compare_one(gold: str, answer: str, alarm_s: int) -> Comparison:
     return Comparison(Verdict.CORRECT if equal else Verdict.INCORRECT, method)
 
 
-def numbers_equal(gold: Number, answer: Number) -> bool:
-    """Whether two written numbers are the same: exactly, or to six places where no finite decimal exists.
-
-    A percent sign on one side may mean either reading (`50%` is `50` or `0.5`); none on either side never does.
-    """
-    percents = (Fraction(1), Fraction(1, 100))
-    golds = [gold.value * scale for scale in percents] if gold.is_percent > answer.is_percent else [gold.value]
-    answers = [answer.value * scale for scale in percents] if answer.is_percent > gold.is_percent else [answer.value]
-    return any(_values_equal(gold, left, answer, right) for left in golds for right in answers)
-
-
 class _Comparer:
     """One gold against one answer, both normalised. Methods return (equal, deciding layer)."""
 
@@ -122,7 +100,9 @@ class _Comparer:
             return True, Method.EXACT
         if is_blank(answer) or max(len(gold), len(answer)) > expression.MAX_CHARS:
             return False, Method.EXACT
-        gold, answer = (readings.canonical(readings.spelled_number(readings.drop_phrase(side))) for side in (gold, answer))
+        gold, answer = (
+            readings.canonical(readings.spelled_number(readings.drop_phrase(side))) for side in (gold, answer)
+        )
         if gold == answer:
             return True, Method.EXACT
         option = self._by_option(gold, answer)
@@ -188,25 +168,30 @@ class _Comparer:
         return self._by_value(gold, answer)
 
     def _by_value(self, gold: str, answer: str) -> tuple[bool, Method]:
-        notation = _by_notation(gold, answer)
+        """Compare what has neither unit nor name: notations, real sets, matrices, collections, relations, values."""
+        notation = notations.same(gold, answer)
         if notation is not None:
             return notation, Method.NUMERIC
         if real_sets.is_candidate(gold) or real_sets.is_candidate(answer):
-            sets = [real_sets.read(side, self._real_constant) for side in (gold, answer)]
-            if sets[0] is not None and sets[1] is not None:
-                return real_sets.same(sets[0], sets[1]), Method.SYMBOLIC
+            gold_set, answer_set = (real_sets.read(side, self._real_constant) for side in (gold, answer))
+            if gold_set is not None and answer_set is not None:
+                return real_sets.same(gold_set, answer_set), Method.SYMBOLIC
+        elif ":" in gold or ":" in answer:
+            return self._ratios(gold, answer), Method.SYMBOLIC
         gold_rows, answer_rows = readings.matrix(gold), readings.matrix(answer)
         if gold_rows and answer_rows:
             return self._matrices(gold_rows, answer_rows)
-        if gold_rows and r"\begin" not in answer and min(len(gold_rows), len(gold_rows[0])) == 1:  # a vector may be written as a tuple
-            gold = f"({','.join(cell for row in gold_rows for cell in row)})"
-        if answer_rows and r"\begin" not in gold and min(len(answer_rows), len(answer_rows[0])) == 1:
-            answer = f"({','.join(cell for row in answer_rows for cell in row)})"
+        if r"\begin" not in gold or r"\begin" not in answer:
+            gold, answer = _vector_as_tuple(gold, gold_rows), _vector_as_tuple(answer, answer_rows)
         gold_parts, answer_parts = _collection(gold), _collection(answer)
         if gold_parts is not None or answer_parts is not None:
             return self._collections(gold_parts, answer_parts, gold, answer)
         if _SET_SIGN.search(gold):
             return False, Method.EXACT  # sets of letters are compared by spelling alone
+        return self._statements(gold, answer)
+
+    def _statements(self, gold: str, answer: str) -> tuple[bool, Method]:
+        """Compare two relations, or two expressions."""
         gold_relation, answer_relation = readings.relation(gold), readings.relation(answer)
         if gold_relation and answer_relation:
             return self._relations(gold_relation, answer_relation), Method.SYMBOLIC
@@ -214,6 +199,21 @@ class _Comparer:
             self._must_be_readable(gold)
             return False, Method.EXACT
         return self._expressions(gold, answer), Method.SYMBOLIC
+
+    def _ratios(self, gold: str, answer: str) -> bool:
+        """Proportional terms, one by one; a ratio of two is also its quotient."""
+        golds, answers = (side.split(":") for side in (gold, answer))
+        if {len(golds), len(answers)} == {1, 2}:
+            golds, answers = (
+                [rf"\frac{{{side[0]}}}{{{side[1]}}}"] if len(side) == 2 else side for side in (golds, answers)
+            )
+            return self._expressions(golds[0], answers[0])
+        if len(golds) != len(answers):
+            return False
+        return all(
+            self._expressions(rf"({term})\cdot({answers[0]})", rf"({other})\cdot({golds[0]})")
+            for term, other in zip(golds[1:], answers[1:], strict=True)
+        )
 
     def _collections(
         self, gold: Collection | None, answer: Collection | None, gold_text: str, answer_text: str
@@ -252,7 +252,7 @@ class _Comparer:
             return self._pairs(list(zip(gold.elements, answer_names.values(), strict=True)))
         return None
 
-    def _matrices(self, gold: tuple[tuple[str, ...], ...], answer: tuple[tuple[str, ...], ...]) -> tuple[bool, Method]:
+    def _matrices(self, gold: readings.Rows, answer: readings.Rows) -> tuple[bool, Method]:
         if (len(gold), len(gold[0])) != (len(answer), len(answer[0])):
             return False, Method.EXACT
         cells = [pair for rows in zip(gold, answer, strict=True) for pair in zip(*rows, strict=True)]
@@ -314,15 +314,18 @@ class _Comparer:
         gold_tree, answer_tree = self._parse(gold, is_gold=True), self._parse(answer, is_gold=False)
         if gold_tree is None or answer_tree is None:
             return False
-        rounded = _rounded_equal(gold, gold_tree, answer, answer_tree)
-        if rounded is not None:
-            return rounded
+        for written, tree, is_gold in ((gold, answer_tree, True), (answer, gold_tree, False)):
+            number, value = readings.number(written), expression.real_constant(tree)
+            if number is not None and value is not None:
+                rounded = decimal_equals(number, value, is_gold=is_gold)
+                if rounded is not None:
+                    return rounded
         return expression.equal(gold_tree, answer_tree, alarm_s=self._alarm_s)
 
     def _parse(self, text: str, *, is_gold: bool) -> expression.Tree | None:
         """The tree, None for an answer that cannot be read. Raises UnparsableGoldError for such a gold."""
         try:
-            return expression.parse(_for_parser(text), alarm_s=self._alarm_s)
+            return expression.parse(text, alarm_s=self._alarm_s)
         except UnreadableError as error:
             if is_gold:
                 raise UnparsableGoldError(str(error)) from error
@@ -335,77 +338,27 @@ class _Comparer:
 
     def _real_constant(self, text: str) -> Any | None:
         tree = self._parse(text, is_gold=False)
-        value = expression.constant(tree) if tree is not None else None
-        return MP.re(value) if value is not None and MP.im(value) == 0 else None
+        return expression.real_constant(tree) if tree is not None else None
+
+
+def _as_mathematics(text: str) -> str:
+    return readings.canonical(readings.spelled_number(readings.drop_phrase(text)))
 
 
 def _by_spelling(gold: str, answer: str) -> bool | None:
-    """Dates, clock times and words: never algebra. None when the gold is none of these."""
-    gold_date, answer_date = readings.date(gold), readings.date(answer)
-    if gold_date and answer_date:
-        years = {year for year in (gold_date[0], answer_date[0]) if year is not None}
-        return gold_date[1:] == answer_date[1:] and len(years) < 2
-    if gold_date or (answer_date and readings.words(gold)):
-        return False
-    gold_time, answer_time = readings.clock(gold), readings.clock(answer)
-    if gold_time and answer_time and (":" in gold or ":" in answer or (gold_time[3] and answer_time[3])):
-        if gold_time[3] and answer_time[3]:
-            return gold_time == answer_time
-        return (gold_time[0] % 12, *gold_time[1:3]) == (answer_time[0] % 12, *answer_time[1:3])
-    if gold_time and gold_time[3] and not re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", gold):
-        return False
+    """Dates, clock times and words: never algebra. None when neither side is any of these."""
+    moment = notations.same_moment(gold, answer)
+    if moment is not None:
+        return moment
     gold_words, answer_words = readings.words(gold), readings.words(answer)
-    if gold_words is not None:
-        if answer_words is None:
-            return False
-        return _word_list(gold_words) == _word_list(answer_words)
-    return False if answer_words is not None else None
+    if gold_words is None or answer_words is None:
+        return None if gold_words is answer_words else False
+    return _word_list(gold_words) == _word_list(answer_words)
 
 
 def _word_list(words: str) -> list[str]:
     parts = re.split(r"\s*[,;]\s*|\s+and\s+", re.sub(r"[.!']", "", words))
     return sorted(part.replace("-", " ") for part in parts if part)
-
-
-def _values_equal(gold: Number, left: Fraction, answer: Number, right: Fraction) -> bool:
-    if left == right:
-        return True
-    for decimal, value, other in ((gold, left, right), (answer, right, left)):
-        if decimal.decimals >= CERTAIN_DECIMALS and abs(other) >= _SMALL and not _is_finite_decimal(other):
-            return abs(value - other) < Fraction(1, 10**CERTAIN_DECIMALS)
-    return gold.decimals >= ROUNDED_DECIMALS and not _is_finite_decimal(right) and _rounds_to(right, gold)
-
-
-def _rounds_to(value: Any, gold: Number) -> bool:
-    return bool(abs(value - gold.value) <= Fraction(1, 2 * 10**gold.decimals))
-
-
-def _rounded_equal(gold: str, gold_tree: expression.Tree, answer: str, answer_tree: expression.Tree) -> bool | None:
-    """A written decimal against a closed form; None when neither side is one, or the other side has letters."""
-    for written, other_tree, is_gold in ((gold, answer_tree, True), (answer, gold_tree, False)):
-        number = readings.number(written)
-        if number is None or not number.decimals or number.is_percent:
-            continue
-        value = expression.constant(other_tree)
-        if value is None or MP.im(value) != 0:
-            return None
-        difference = abs(MP.re(value) - MP.mpf(number.value.numerator) / number.value.denominator)
-        if expression.is_short_decimal(value):
-            return None
-        if number.decimals >= CERTAIN_DECIMALS and abs(value) >= float(_SMALL):
-            return bool(difference < MP.mpf(10) ** -CERTAIN_DECIMALS)
-        if is_gold and number.decimals >= ROUNDED_DECIMALS and difference > 0:
-            return bool(difference <= MP.mpf(10) ** -number.decimals / 2)
-        return None
-    return None
-
-
-def _is_finite_decimal(value: Fraction) -> bool:
-    denominator = value.denominator
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    return denominator == 1
 
 
 def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
@@ -442,43 +395,6 @@ def _radians(text: str) -> str:
     return re.sub(r"([A-Za-z]) ?\^\\circ ?", r"(\\frac{\1\\pi}{180})", text)
 
 
-def _by_notation(gold: str, answer: str) -> bool | None:
-    """Numbers in a base, ratios and residues; None when neither side is one."""
-    gold_base, answer_base = readings.based(gold), readings.based(answer)
-    if gold_base and answer_base:
-        left, right = (_in_base(*based) for based in (gold_base, answer_base))
-        return left is not None and left == right
-    if gold_base and re.fullmatch("[0-9A-Fa-f]+", answer):
-        return gold_base[0] == answer.upper()
-    if answer_base and re.fullmatch("[0-9A-Fa-f]+", gold):
-        return answer_base[0] == gold.upper()
-    gold_residue, answer_residue = readings.residue(gold), readings.residue(answer)
-    if gold_residue and answer_residue:
-        (a, modulus), (b, other) = gold_residue, answer_residue
-        return modulus == other and (a - b) % modulus == 0
-    if gold_residue and (number := readings.number(answer)):
-        return number.value == gold_residue[0]
-    if answer_residue and (number := readings.number(gold)):
-        return number.value == answer_residue[0]
-    gold_ratio, answer_ratio = readings.ratio(gold), readings.ratio(answer)
-    if gold_ratio and answer_ratio:
-        if len(gold_ratio) != len(answer_ratio):
-            return False
-        return all(a * answer_ratio[0] == b * gold_ratio[0] for a, b in zip(gold_ratio, answer_ratio, strict=True))
-    for terms, other in ((gold_ratio, answer), (answer_ratio, gold)):
-        if terms and len(terms) == 2 and terms[1]:
-            quotient = readings.number(other)
-            return quotient is not None and quotient.value == terms[0] / terms[1]
-    return None
-
-
-def _in_base(digits: str, base: int) -> int | None:
-    try:
-        return int(digits, base)
-    except ValueError:
-        return None
-
-
 def _is_list(text: str) -> bool:
     found = readings.collection(text)
     return found is not None and found.kind == "list" and readings.number(units.split(text)[0]) is None
@@ -496,6 +412,12 @@ def _collection(text: str) -> Collection | None:
         signs = ("+", "-") if element.count(r"\pm") == 1 else (r"\pm",)
         elements += [element.replace(r"\pm", sign) for sign in signs]
     return Collection(found.kind, found.brackets, tuple(elements))
+
+
+def _vector_as_tuple(text: str, rows: readings.Rows | None) -> str:
+    if rows is None or min(len(rows), len(rows[0])) > 1:
+        return text
+    return f"({','.join(cell for row in rows for cell in row)})"
 
 
 def _singleton(text: str, other: Collection | None) -> Collection | None:
@@ -516,25 +438,3 @@ def _rising(chain: Relation) -> Relation:
     if chain.signs[0][0] != ">" or not readings.is_increasing(chain.signs):
         return chain
     return Relation(chain.sides[::-1], tuple(sign.replace(">", "<") for sign in chain.signs[::-1]))
-
-
-def _for_parser(text: str) -> str:
-    """What the LaTeX parser does not know, or takes for something else, in words that it reads as a plain symbol."""
-    text = collapse(text, "()").replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
-    text = re.sub(r"(?<![0-9A-Za-z}.)^_])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed, text)
-    text = re.sub(r"(?<=[0-9])\.(?![0-9])", "", text)
-    text = _DERIVATIVE.sub(lambda match: _symbol("d" + match[1] + "over" + match[2]), text)
-    text = re.sub(r"(\\(?:sum|prod)_\{[^{}]*\})\^([A-Za-z0-9])", r"\1^{\2}", text)
-    text = re.sub(TEXT, lambda match: _symbol(match[1]), text)
-    text = _TAKEN_NAME.sub(lambda match: _symbol(match.group()), text)
-    return _PRIMED.sub(lambda match: _symbol(match[1] + "prime" * len(match[2] or "'")), text)
-
-
-def _symbol(name: str) -> str:
-    """LaTeX that the parser reads as one symbol of this name."""
-    return rf"\mathcal{{{''.join(re.findall('[A-Za-z0-9]', name))}}}"
-
-
-def _mixed(match: re.Match[str]) -> str:
-    whole, top, bottom = match.groups()
-    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else match.group()

@@ -18,16 +18,18 @@ _GREEK = {
     "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
 }  # fmt: skip
 _SYMBOLS = {
-    "−": "-", "‐": "-", "‑": "-", "‒": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
-    "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]",
-    "∞": r"\infty ", "≤": r"\leq ", "≦": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "≧": r"\geq ", "⩾": r"\geq ",
-    "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "∉": r"\notin ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
-    "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "∶": ":", "→": r"\to ", "⇒": r"\Rightarrow ", "∣": "|", "（": "(", "）": ")",
-    "，": ", ", "、": ", ", "；": "; ", "：": ":", "。": ".", "％": "%", "∠": r"\angle ", "△": r"\triangle ", "ⅈ": "i", "ℯ": "e",
-    "\u00a0": " ", "\u202f": r"\,", "\u2009": r"\,",
+    "−": "-", "‐": "-", "‑": "-", "‒": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "✕": r"\times ",
+    "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "√": r"\sqrt ", "∛": r"\sqrt[3]", "∞": r"\infty ", "≤": r"\leq ", "≦": r"\leq ", "⩽": r"\leq ",
+    "≥": r"\geq ", "≧": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv ",
+    "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ",
+    "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "∉": r"\notin ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "∑": r"\sum ",
+    "∏": r"\prod ", "∫": r"\int ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "∶": ":", "→": r"\to ",
+    "⇒": r"\Rightarrow ", "∣": "|", "（": "(", "）": ")", "，": ", ", "、": ", ", "；": "; ", "：": ":",
+    "。": ".", "％": "%", "∠": r"\angle ", "△": r"\triangle ", "ⅈ": "i", "ℯ": "e", "\u00a0": " ",
+    "\u202f": r"\,", "\u2009": r"\,",
 }  # fmt: skip
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸᵏᵐ"
 _TO_BASELINE = str.maketrans(_SUPERSCRIPTS, "0123456789+-=()nixykm")
@@ -35,16 +37,20 @@ _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋ₙₖᵢⱼₓ"
 _FROM_BELOW = str.maketrans(_SUBSCRIPTS, "0123456789+-nkijx")
 
 TEXT = r"\\text\s*\{([^{}\\]*)\}"
-_NAMES = "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|ln|log|exp|gcd|lcm|max|min|det"
+_NAMES = (
+    "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|ln|log|exp"
+    "|gcd|lcm|max|min|det"
+)
+_GREEK_NAMES = "alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|rho|Delta"
+_TEXT_FONTS = "textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname|emph"
+_LAYOUT = (
+    "displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|nonumber|tiny|small|large|Large|LARGE|huge|Huge"
+    "|normalsize|bf|rm|it|sf|tt|bfseries|centering|allowbreak|hfill|relax|noindent"
+)
+_DEGREE = r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\^?\s*\\degrees?(?![A-Za-z])|\\textdegree(?![A-Za-z])"
 _PLAIN = (
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*(?:\.(?![0-9]))?"), ""),
-    (
-        re.compile(
-            r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|nonumber|tiny|small|large|Large|LARGE"
-            r"|huge|Huge|normalsize|bf|rm|it|sf|tt|bfseries|centering|allowbreak|hfill|relax|noindent)(?![A-Za-z])"
-        ),
-        " ",
-    ),
+    (re.compile(rf"\\(?:{_LAYOUT})(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\color\s+[a-z]{3,10}(?![a-z])"), ""),
     (re.compile(r"\\(?:phantom|hphantom|vphantom|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}"), ""),
@@ -70,21 +76,21 @@ _PLAIN = (
     (re.compile(r"\\operatorname\*?\s*\{\s*arc\s*(sin|cos|tan)\s*\}"), r"\\arc\1 "),
     (re.compile(r"\\(?:mathrm|mathit|mathbf|rm)\s*\{\s*([eid])\s*\}"), r"\1"),
     (re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathnormal|underline|mathcal)\s*\{([^{}]*)\}"), r"{\1}"),
-    (re.compile(r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname|emph)(?![A-Za-z])\*?"), r"\\text"),
+    (re.compile(rf"\\(?:{_TEXT_FONTS})(?![A-Za-z])\*?"), r"\\text"),
     (re.compile(r"\\(?:fbox)(?=\{)"), ""),
     (re.compile(r"\\(vec|hat|bar|tilde|dot|ddot|overline)\s*([A-Za-z0-9])(?![A-Za-z])"), r"\\\1{\2}"),
     (re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\sto\s)\s*(?=[0-9])"), ":"),
-    (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\^\s*\\degrees?(?![A-Za-z])|\\degrees?(?![A-Za-z])|\\textdegree(?![A-Za-z])"), r"^\\circ "),
+    (re.compile(_DEGREE), r"^\\circ "),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,|\\;|\\:|\{\\,\}|\\ |\\!)\s*(?=[0-9]{3}(?![0-9]))"), ""),  # thousands
     (re.compile(r"(?<![0-9])([0-9]{1,3})((?: [0-9]{3})+)(?![0-9/\\])"), lambda m: m[1] + m[2].replace(" ", "")),
     (re.compile(r"(?<=[0-9])'(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"\\(?:pounds|textsterling)(?![A-Za-z])"), "£"),
     (re.compile(r"\\(?:euro|texteuro)(?![A-Za-z])"), "€"),
     (re.compile(r"\\yen(?![A-Za-z])"), "¥"),
-    (re.compile(r"(?<=[0-9}) ])(?:\\,|\\ |~|\\;| )\s*([mgshLNJWKVACT])\s*$"), r"\\text{\1}"),  # 5 m: a unit by its space
+    (re.compile(r"(?<=[0-9}) ])(?:\\,|\\ |~|\\;| )\s*([mgshLNJWKVACT])\s*$"), r"\\text{\1}"),  # 5 m
     (re.compile(r"\\(?:qquad|quad|enspace|thinspace)(?![A-Za-z])|(?<!\\)\\[,;:!>] ?|(?<!\\)\\ |~|\{,\}"), " "),
     (re.compile(rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z]{{2}}|[a-df-mo-suvA-Z])"), r"\\\1 "),
-    (re.compile(r"(?<![\\A-Za-z])(alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|rho|Delta)(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(rf"(?<![\\A-Za-z])({_GREEK_NAMES})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])sqrt(?=[0-9 {])"), r"\\sqrt"),
     (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -122,6 +128,8 @@ def normalise(text: str) -> str:
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", r"\\text{\1}", text)
+    text = re.sub(r"\\text\{([0-9][0-9.,:/+ -]*)\}", r"\1", text)
+    text = re.sub(r"\\mu\s*\\text\{(?=[a-zA-Z])", r"\\text{u", text)
     text = unwrap(re.sub(r"\s+", " ", text))
     text = re.sub(r"(?<![.])\.$|[,;:]$|\\\\$", "", text).strip()
     text = _DOTTED_CYCLE.sub(lambda m: rf"{m[1]}\overline{{{m[2]}{m[3] or ''}{m[4] or ''}}}", text)
@@ -142,7 +150,7 @@ def clean(text: str) -> str:
 
 def collapse(text: str, pair: str) -> str:
     """Drop brackets directly around brackets, of the kind `pair`: {{x}} is {x}, in one pass."""
-    opening, closing = pair
+    opening, closing = pair[0], pair[1]
     if opening * 2 not in text:
         return text
     stack: list[int] = []

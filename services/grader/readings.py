@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from services.grader.normalise import TEXT
 
@@ -22,12 +22,17 @@ _NUMBER = re.compile(
     rf"(?P<whole>[0-9]+)?\\frac\{{(?P<num>[+-]?(?:{_UNSIGNED}))\}}\{{(?P<den>[+-]?(?:{_UNSIGNED}))\}}"
     rf"|(?P<mixed>[0-9]+ )?(?P<top>{_UNSIGNED})/(?P<bottom>{_UNSIGNED})"
     rf"|(?P<repeat>[0-9]*\.[0-9]*)\\(?:overline|bar)\{{?(?P<cycle>[0-9]+)\}}?"
-    rf"|(?P<plain>{_UNSIGNED})(?:(?:[eE]|(?:\\times ?|\\cdot ?|\*|x)10\^)(?P<exp>[+-]?[0-9]{{1,4}}|\{{[+-]?[0-9]{{1,4}}\}}))?"
+    rf"|(?P<plain>{_UNSIGNED})"
+    r"(?:(?:[eE]|(?:\\times ?|\\cdot ?|\*|x)10\^)(?P<exp>[+-]?[0-9]{1,4}|\{[+-]?[0-9]{1,4}\}))?"
     rf"|10\^(?P<ten>[0-9]{{1,3}}|\{{[+-]?[0-9]{{1,3}}\}})"
-    rf")(?P<percent>%?)(?P<million> ?(?:thousand|million|billion|trillion)| ?\\text\{{(?:thousand|million|billion|trillion)\}})?"
+    r")(?P<percent>%?)"
+    r"(?P<million> ?(?:thousand|million|billion|trillion)| ?\\text\{(?:thousand|million|billion|trillion)\})?"
 )
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _NUMBER_WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
     word: 10 * value for value, word in enumerate(_TENS.split(), start=2)
@@ -50,9 +55,9 @@ _SYNONYMS = {
     "no solution": "empty set", "no solutions": "empty set", "no real solution": "empty set", "emptyset": "empty set",
     "no real solutions": "empty set", "none": "empty set", "the empty set": "empty set", "null set": "empty set",
     "there is no solution": "empty set", "there are no solutions": "empty set", "no such solution": "empty set",
-    "all reals": "real numbers", "all real numbers": "real numbers", "reals": "real numbers", "any real number": "real numbers",
-    "the real numbers": "real numbers", "every real number": "real numbers", "all real": "real numbers",
-    "the set of all real numbers": "real numbers", "all real values": "real numbers",
+    "all reals": "real numbers", "all real numbers": "real numbers", "reals": "real numbers",
+    "any real number": "real numbers", "the real numbers": "real numbers", "every real number": "real numbers",
+    "all real": "real numbers", "the set of all real numbers": "real numbers", "all real values": "real numbers",
     "infinite": "infinity", "positive infinity": "infinity", "plus infinity": "infinity",
     "infinitely many solutions": "infinity", "infinite number of solutions": "infinity",
     "infinitely many": "infinity", "infinite solutions": "infinity",
@@ -61,6 +66,20 @@ _SYNONYMS = {
 _CANONICAL = {
     "empty set": r"\emptyset", "real numbers": r"\mathbb{R}", "infinity": r"\infty", "negative infinity": r"-\infty",
 }  # fmt: skip
+MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
 _FUNCTION_NAMES = frozenset(
     [
         "sin",
@@ -87,39 +106,6 @@ _FUNCTION_NAMES = frozenset(
         "mod",
     ]
 )
-_MONTHS = [
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-]
-_MONTH = "|".join(f"{name[:3]}(?:{name[3:]}|\\.|{'t.?' if name == 'september' else ''})?" for name in _MONTHS)
-_DATES = (
-    re.compile(r"(?P<year>[0-9]{4})[-/.](?P<month>[0-9]{1,2})[-/.](?P<day>[0-9]{1,2})"),
-    re.compile(rf"(?P<name>{_MONTH}) ?(?P<day>[0-9]{{1,2}})(?:st|nd|rd|th)?(?:[,;]? ?(?P<year>[0-9]{{4}}))?", re.IGNORECASE),
-    re.compile(rf"(?:the )?(?P<day>[0-9]{{1,2}})(?:st|nd|rd|th)? ?(?:of )?(?P<name>{_MONTH})(?:[,;]? ?(?P<year>[0-9]{{4}}))?", re.IGNORECASE),
-)  # fmt: skip
-_TIME = re.compile(
-    r"(?P<hour>[0-9]{1,2})(?::(?P<minute>[0-5][0-9])(?::(?P<second>[0-5][0-9]))?)? ?(?P<half>[ap]\.? ?m\.?)?(?: ?o'?clock)?",
-    re.IGNORECASE,
-)
-_CLOCK_WORDS = {"noon": (12, 0, 0), "midnight": (0, 0, 0)}
-_BASE = re.compile(
-    r"(?:\(([0-9A-Fa-f]{1,200})\)|\\text\{([0-9A-Fa-f]{1,200})\}|([0-9A-Fa-f]{1,200}))_\{?(?:\(?([0-9]{1,2})\)?|\\text\{([a-z]+)\})\}?"
-)
-_RATIO = re.compile(r"(?:[^:]+:)+[^:]+")
-_RESIDUE = re.compile(
-    r"(?:[A-Za-z]\s?\\equiv\s?)?(?P<residue>-?[0-9]{1,30}) ?(?:\(?\\?pmod|\\(?:text|operatorname)\{ ?mod ?\}|\(?\\?b?mod|\(\\text\{mod\})\s?"
-    r"\(?\{?(?P<modulus>[0-9]{1,30})\}?\)?\)?"
-)
 _ASSIGNMENT = re.compile(
     r"(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))?'*(?:\^\{-1\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?"
     r"|\\frac\{[A-Za-z]\}\{[A-Za-z]\}|[A-Za-z]/[A-Za-z]|[a-wA-W](?:\+[a-wA-W]){1,4}"
@@ -127,13 +113,17 @@ _ASSIGNMENT = re.compile(
     r"(?:=|\\approx ?|\\in(?![A-Za-z]) ?)(?P<value>[^=<>].*)"
 )
 _LABEL = re.compile(
-    r"(?:\\text\{[A-Za-z ,']{2,60}(?:=|:|\bis)?\}|[A-Za-z][A-Za-z ']{2,60}) ?(?:=|:)(?=.)|\\text\{[A-Za-z ,']{2,60}(?::|\bis)\}"
+    r"(?:\\text\{[A-Za-z ,']{2,60}(?:=|:|\bis)?\}|[A-Za-z][A-Za-z ']{2,60}) ?(?:=|:)(?=.)"
+    r"|\\text\{[A-Za-z ,']{2,60}(?::|\bis)\}"
 )
 _PHRASE = re.compile(
-    r"(?i:^(?:\\text\{)?(?:(?:so |thus |hence )?(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is|:)|about|approximately|roughly"
-    r"|around|for all|all|when|if)(?: *\}| (?=[0-9(A-J])))|^\\approx"
+    r"(?i:^(?:\\text\{)?(?:(?:so |thus |hence )?(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is|:)"
+    r"|about|approximately|roughly|around|for all|all|when|if)(?: *\}| (?=[0-9(A-J])))|^\\approx"
 )
 _RELATION_SIGN = re.compile(r"<|>|\\leq(?![A-Za-z]) ?|\\geq(?![A-Za-z]) ?|\\neq(?![A-Za-z]) ?|=")
+
+
+Rows: TypeAlias = tuple[tuple[str, ...], ...]  # of a matrix, equally long
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +206,7 @@ _SHORT_WORDS = frozenset(
 
 
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_ABBREVIATIONS = {name[:length]: name for name in (*_DAYS, *_MONTHS) for length in (3, 4) if name != "may"}
+_ABBREVIATIONS = {name[:length]: name for name in (*_DAYS, *MONTHS) for length in (3, 4) if name != "may"}
 
 
 def canonical(text: str) -> str:
@@ -230,7 +220,7 @@ def canonical(text: str) -> str:
 
 
 def spelled_number(text: str) -> str:
-    r"""Leading number words become digits: `\text{twenty-five apples}` is `25 apples`; other text comes back as it is."""
+    r"""Leading number words become digits: `\text{twenty-five apples}` is `25 apples`; other text stays as it is."""
     bare = re.sub(TEXT, r" \1 ", text)
     bare = " ".join(bare.split())
     if not re.match(r"[A-Za-z]{3,}", bare):
@@ -271,7 +261,8 @@ def option_letter(text: str) -> tuple[str, str] | None:
     r"""Letter and text of a multiple-choice answer: `B`, `(B)`, `\text{(B)}`, `B.`, `(B) 12`, `Option B`."""
     bare = re.sub(TEXT, r"\1", text).strip()
     match = re.fullmatch(
-        rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) ?)?(?:[(\[]([A-{LARGEST_OPTION}a-e])[)\]](.*)|([A-{LARGEST_OPTION}])(?:[.:)](.*))?)",
+        r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) ?)?"
+        rf"(?:[(\[]([A-{LARGEST_OPTION}a-e])[)\]](.*)|([A-{LARGEST_OPTION}])(?:[.:)](.*))?)",
         bare,
     )
     if match is None:
@@ -284,7 +275,10 @@ def option_letter(text: str) -> tuple[str, str] | None:
 def option_letters(text: str) -> frozenset[str] | None:
     """Several choices, such as `(A),(C)`; None for one choice and for anything else."""
     bare = re.sub(TEXT, r"\1", text).replace(" ", "")
-    if not re.fullmatch(rf"\(([A-{LARGEST_OPTION}])\)(?:[,;]?\([A-{LARGEST_OPTION}]\))+|[A-{LARGEST_OPTION}](?:[,;][A-{LARGEST_OPTION}])+", bare):
+    if not re.fullmatch(
+        rf"\(([A-{LARGEST_OPTION}])\)(?:[,;]?\([A-{LARGEST_OPTION}]\))+|[A-{LARGEST_OPTION}](?:[,;][A-{LARGEST_OPTION}])+",
+        bare,
+    ):
         return None
     return frozenset(re.findall("[A-Z]", bare))
 
@@ -343,7 +337,7 @@ def split_commas(text: str, *, is_inside: bool = False) -> tuple[list[str], bool
     return parts, opens_first and depth == 0 and closed_at_zero == 1 and len(parts) == 1
 
 
-def matrix(text: str) -> tuple[tuple[str, ...], ...] | None:
+def matrix(text: str) -> Rows | None:
     """The rows of a pmatrix, bmatrix, Bmatrix, matrix or array; None for a determinant and anything else."""
     match = re.fullmatch(
         r"[(\[]?\\begin\{([pbB]?(?:small)?matrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}[)\]]?", text, re.DOTALL
@@ -353,77 +347,6 @@ def matrix(text: str) -> tuple[tuple[str, ...], ...] | None:
     rows = re.split(r"\\\\(?:\[[^\]]*\])?", match[2].replace(r"\hline", ""))
     cells = tuple(tuple(cell.strip() for cell in row.split("&")) for row in rows if row.strip())
     return cells if cells and len({len(row) for row in cells}) == 1 else None
-
-
-def date(text: str) -> tuple[int | None, int, int] | None:
-    """(year or None, month, day)."""
-    bare = " ".join(re.sub(TEXT, r" \1 ", text).split())
-    for pattern in _DATES:
-        match = pattern.fullmatch(bare)
-        if match is None:
-            continue
-        part = match.groupdict()
-        named = [name[:3] for name in _MONTHS]
-        month = named.index(part["name"][:3].lower()) + 1 if part.get("name") else int(part["month"])
-        if 1 <= month <= 12 and 1 <= int(part["day"]) <= 31:
-            return (int(part["year"]) if part["year"] else None, month, int(part["day"]))
-    return None
-
-
-def clock(text: str) -> tuple[int, int, int, str] | None:
-    """(hour, minute, second, half) of a time of day; half is "am", "pm" or "", and with one the hour is of 24."""
-    bare = " ".join(re.sub(TEXT, r" \1 ", text).split())
-    if bare.casefold() in _CLOCK_WORDS:
-        return (*_CLOCK_WORDS[bare.casefold()], "pm" if bare.casefold() == "noon" else "am")
-    match = _TIME.fullmatch(bare)
-    if match is None or not (match["minute"] or match["half"]):
-        return None
-    half = (match["half"] or "").lower().replace(".", "").replace(" ", "")
-    hour = int(match["hour"])
-    if hour > 24 or (half and not 1 <= hour <= 12):
-        return None
-    if half:
-        hour = hour % 12 + (12 if half == "pm" else 0)
-    elif hour > 12 or match["hour"].startswith("0"):
-        half = "pm" if hour >= 12 else "am"
-    return hour, int(match["minute"] or 0), int(match["second"] or 0), half
-
-
-def based(text: str) -> tuple[str, int] | None:
-    """Digits and base of a number such as `101_2`."""
-    match = _BASE.fullmatch(text)
-    if match is None:
-        return None
-    named = {
-        "two": 2,
-        "three": 3,
-        "four": 4,
-        "five": 5,
-        "six": 6,
-        "seven": 7,
-        "eight": 8,
-        "nine": 9,
-        "ten": 10,
-        "twelve": 12,
-        "sixteen": 16,
-    }
-    base = int(match[4]) if match[4] else named.get(match[5], 0)
-    digits = (match[1] or match[2] or match[3]).upper()
-    return (digits, base) if 2 <= base <= 36 else None
-
-
-def ratio(text: str) -> tuple[Fraction, ...] | None:
-    """The terms of `a:b` or `a:b:c`, all numbers."""
-    if not _RATIO.fullmatch(text):
-        return None
-    terms = [number(re.sub(TEXT, "", part).strip(" ()")) for part in text.split(":")]
-    return tuple(term.value for term in terms if term) if all(terms) else None
-
-
-def residue(text: str) -> tuple[int, int] | None:
-    """Residue and modulus of `3 \\pmod 7`, with or without `x \\equiv`."""
-    match = _RESIDUE.fullmatch(text)
-    return (int(match["residue"]), int(match["modulus"])) if match and int(match["modulus"]) > 0 else None
 
 
 def assignment(text: str) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.grader import readings
-from services.grader.expression import MP, close
+from services.grader.evaluation import MP, close
 
 _SIGNS = re.compile(r"[<>]|\\(?:leq|geq|neq|cup|cap|setminus|infty)(?![A-Za-z])|\\mathbb\{R\}|\\\{[^{}]*[|:]")
 _BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in ?\\mathbb\{R\})?(?:\||:|;)(.*)\\\}")
@@ -28,8 +28,8 @@ class Piece:
 
     low: Any  # mpf, may be infinite
     high: Any
-    is_low_closed: bool
-    is_high_closed: bool
+    is_low_closed: bool = False
+    is_high_closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ def _read(text: str, constant: Constant, names: set[str]) -> list[Piece] | None:
     unions = re.split(r"\\cup ?", text)
     if len(unions) > 1:
         parts = [_read(part, constant, names) for part in unions]
-        return None if any(part is None for part in parts) else [piece for part in parts if part for piece in part]
+        return None if None in parts else [piece for part in parts if part for piece in part]
     if _ALL.fullmatch(text):
-        return [Piece(-MP.inf, MP.inf, False, False)]
+        return [Piece(-MP.inf, MP.inf)]
     if text == r"\emptyset":
         return []
     return (
@@ -108,11 +108,11 @@ def _bracketed(text: str, constant: Constant) -> list[Piece] | None:
     if found is None or found.kind == "list":
         inner = text[1:-1]
         return _bracketed(inner, constant) if text[:1] == "(" and text[-1:] == ")" and inner[:1] in ("(", "[") else None
-    ends = [_end(element, constant) for element in found.elements]
-    if any(end is None for end in ends):
+    ends: list[Any] = [_end(element, constant) for element in found.elements]
+    if None in ends:
         return None
     if found.kind == "set":
-        return [Piece(end, end, True, True) for end in ends]
+        return [_point(end) for end in ends]
     if len(ends) != 2 or not ends[0] < ends[1]:
         return None
     return [Piece(ends[0], ends[1], found.brackets[0] == "[", found.brackets[1] == "]")]
@@ -129,8 +129,8 @@ def _conditions(text: str, constant: Constant, names: set[str]) -> list[Piece] |
         if total is None:
             total = pieces
             continue
-        both = _intersection(total, pieces)
-        total = both if both and not (_merged(total + pieces) == total) else _merged(total + pieces)
+        both, either = _intersection(total, pieces), _merged(total + pieces)
+        total = both if both and either != total else either
     return total
 
 
@@ -157,10 +157,14 @@ def _condition(text: str, constant: Constant, names: set[str]) -> list[Piece] | 
     return [Piece(low, high, chain.signs[0] == "<=", chain.signs[1] == "<=")] if low < high else None
 
 
+def _point(at: Any) -> Piece:
+    return Piece(at, at, is_low_closed=True, is_high_closed=True)
+
+
 def _ray(sign: str, end: Any) -> list[Piece] | None:
-    below, above = Piece(-MP.inf, end, False, sign == "<="), Piece(end, MP.inf, sign == ">=", False)
+    below, above = Piece(-MP.inf, end, is_high_closed=sign == "<="), Piece(end, MP.inf, is_low_closed=sign == ">=")
     return {
-        "<": [below], "<=": [below], ">": [above], ">=": [above], "!=": [below, above], "=": [Piece(end, end, True, True)],
+        "<": [below], "<=": [below], ">": [above], ">=": [above], "!=": [below, above], "=": [_point(end)],
     }.get(sign)  # fmt: skip
 
 
@@ -204,8 +208,8 @@ def _difference(left: list[Piece], right: list[Piece]) -> list[Piece]:
     rest = left
     for piece in right:
         outside = [
-            Piece(-MP.inf, piece.low, False, not piece.is_low_closed),
-            Piece(piece.high, MP.inf, not piece.is_high_closed, False),
+            Piece(-MP.inf, piece.low, is_high_closed=not piece.is_low_closed),
+            Piece(piece.high, MP.inf, is_low_closed=not piece.is_high_closed),
         ]
         rest = _intersection(rest, outside)
     return rest

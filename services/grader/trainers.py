@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, HTTPException
 
 from services.contracts.settings import GraderSection
 from services.contracts.wire import Verdict
-from services.grader.answer import Extraction
+from services.grader.answer import SPECIAL_TOKEN, Extraction
 from services.grader.judge import Judge, Judgement, Question
 from services.grader.problems import RESPONSES
 from services.grader.protocol import (
@@ -26,10 +26,6 @@ from services.grader.protocol import (
     golds_of,
 )
 
-# <|im_end|> and its like (Qwen, Llama, Phi), DeepSeek's with full-width bars, Gemma's, SentencePiece's, Mistral's.
-_SPECIAL_TOKEN = re.compile(
-    r"<\|[A-Za-z0-9_ ]{3,40}\|>|<｜[^<>｜]{3,40}｜>|<(?:start|end)_of_turn>|</?s>|<pad>|<eos>|<bos>|<unk>|\[/?INST\]"  # noqa: RUF001
-)
 # What stands just before a reply, for a prompt that cannot be found in its query.
 _REPLY_BEGINS = re.compile(
     r"<\|im_start\|>assistant\b|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model\b"
@@ -128,7 +124,7 @@ async def _open_rlhf(
 
 
 def _question(response: str | None, label: Any, extraction: Extraction) -> Question:
-    return Question(_SPECIAL_TOKEN.sub("", response or ""), golds_of(label), extraction)
+    return Question(response or "", golds_of(label), extraction)
 
 
 def response_in(query: str, prompt: str) -> str:
@@ -136,7 +132,7 @@ def response_in(query: str, prompt: str) -> str:
 
     A prompt that is not in the query ends where the last reply begins, if its chat template marks that.
     """
-    plain, head = _SPECIAL_TOKEN.sub("", query), _SPECIAL_TOKEN.sub("", prompt).strip()
+    plain, head = SPECIAL_TOKEN.sub("", query), SPECIAL_TOKEN.sub("", prompt).strip()
     if head and head in plain:
         return plain.partition(head)[2]
     return _REPLY_BEGINS.split(query)[-1]

@@ -153,23 +153,41 @@ _TABLE = _table()
 # One letter may be a variable: a unit only in \text{}, after a space, or where the other side has one.
 SINGLE_LETTERS = frozenset(name for name in _TABLE if len(name) == 1)
 _GENERIC = frozenset(
-    {"unit", "units", "of", "the", "a", "an", "in", "per", "each", "more", "total", "and", "altogether", "is", "are", "be", "to", "for", "on", "at"}
+    [
+        "unit",
+        "units",
+        "of",
+        "the",
+        "a",
+        "an",
+        "in",
+        "per",
+        "each",
+        "more",
+        "total",
+        "and",
+        "altogether",
+        "is",
+        "are",
+        "be",
+        "to",
+        "for",
+        "on",
+        "at",
+    ]
 )
-_OPPOSITES = (
-    ("increase", "decrease"), ("north", "south"), ("east", "west"), ("profit", "loss"), ("gain", "loss"),
-    ("up", "down"), ("left", "right"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"),
-    ("above", "below"), ("am", "pm"), ("before", "after"), ("more", "less"), ("more", "fewer"), ("bc", "ad"),
-    ("positive", "negative"), ("inside", "outside"), ("win", "loss"), ("faster", "slower"), ("older", "younger"),
-    ("deficit", "surplus"), ("debit", "credit"), ("taller", "shorter"), ("heavier", "lighter"), ("longer", "shorter"),
-    ("forward", "backward"), ("upward", "downward"), ("ago", "later"), ("ago", "hence"), ("hotter", "colder"), ("warmer", "colder"), ("early", "late"),
-    ("earlier", "later"), ("ahead", "behind"), ("n", "s"), ("e", "w"), ("ne", "sw"), ("nw", "se"), ("ne", "nw"),
-    ("northeast", "southwest"), ("northwest", "southeast"), ("northeast", "northwest"), ("northeast", "southeast"),
-    ("larger", "smaller"), ("greater", "smaller"), ("greater", "less"), ("higher", "lower"), ("rise", "fall"),
-    ("increased", "decreased"), ("owed", "owned"), ("maximum", "minimum"), ("max", "min"), ("boys", "girls"),
-    ("markup", "discount"), ("compression", "tension"), ("attractive", "repulsive"), ("even", "odd"), ("rational", "irrational"), ("prime", "composite"),
-    ("convergent", "divergent"), ("converges", "diverges"), ("real", "imaginary"), ("convex", "concave"),
-)  # fmt: skip
-_OPPOSITE = frozenset(frozenset(pair) for pair in _OPPOSITES)
+_OPPOSITES = """
+increase/decrease north/south east/west profit/loss gain/loss up/down left/right clockwise/counterclockwise
+clockwise/anticlockwise above/below am/pm before/after more/less more/fewer bc/ad positive/negative
+inside/outside win/loss faster/slower older/younger deficit/surplus debit/credit taller/shorter
+heavier/lighter longer/shorter forward/backward upward/downward ago/later ago/hence hotter/colder
+warmer/colder early/late earlier/later ahead/behind n/s e/w ne/sw nw/se ne/nw northeast/southwest
+northwest/southeast northeast/northwest northeast/southeast larger/smaller greater/smaller greater/less
+higher/lower rise/fall increased/decreased owed/owned maximum/minimum max/min boys/girls markup/discount
+compression/tension attractive/repulsive even/odd rational/irrational prime/composite convergent/divergent
+converges/diverges real/imaginary convex/concave
+"""
+_OPPOSITE = frozenset(frozenset(pair.split("/")) for pair in _OPPOSITES.split())
 _HEDGES = frozenset(
     {"or", "not", "maybe", "possibly", "perhaps", "probably", "either", "unless", "except", "never", "nor"}
 )
