@@ -85,55 +85,6 @@ def test_more_items_than_the_queue_ever_holds_are_refused_for_good(grader: Grade
     assert reply.headers["content-type"] == "application/problem+json"
 
 
-def test_openrlhf_gets_a_reward_per_query_without_its_prompt(grader: Grader) -> None:
-    prompt = r"Put it in \boxed{9}."
-    body = {"query": [f"<s>{prompt} So \\boxed{{4}}</s>", f"{prompt} no idea"], "prompts": [prompt] * 2}
-    reply = grader.client.post("/get_reward", json=body | {"labels": ["4", "9"]}).json()
-    assert reply["rewards"] == reply["scores"] == [1.0, 0.0]
-    assert all(len(values) == 2 for values in reply["extra_logs"].values())
-    empty = grader.client.post("/get_reward", json={"query": [], "prompts": [], "labels": []}).json()
-    assert empty["rewards"] == []
-
-
-@pytest.mark.parametrize(
-    ("label", "score"), [("4", 1.0), (4, 1.0), (["5", 4.0], 1.0), ("5", 0.0), (None, 0.0), ("", 0.0)]
-)
-def test_slime_gets_the_score_of_one_sample(grader: Grader, label: object, score: float) -> None:
-    body = {"prompt": [{"role": "user", "content": "2+2?"}], "response": r"\boxed{4}", "label": label}
-    assert grader.client.post("/get_reward", json=body).json()["score"] == score
-    assert grader.client.post("/get_reward?bare=true", json=body).json() == score
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        (b'{"response": 5, "gold": "5"}', 422),
-        (b'{"response": "5"}', 422),
-        (b'{"response": "5", "gold": "5", "golden": 1}', 422),
-        (b'{"response": "5", "gold": []}', 422),
-        (b'{"response": "5", "gold": "5", "\\ud800": 1}', 422),
-        (b'{"resp', 422),
-        (b'{"response": "\xff", "gold": "5"}', 400),
-        (b"[" * 100_000, 400),
-        (b" " * (33 * 2**20), 413),
-    ],
-    ids=["type", "missing", "unknown key", "no gold", "surrogate key", "cut off", "not UTF-8", "nested", "too large"],
-)
-def test_malformed_requests_are_problems(grader: Grader, body: bytes, status: int) -> None:
-    reply = grader.client.post("/v1/grade", content=body, headers={"content-type": "application/json"})
-    assert reply.status_code == status
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert reply.json()["status"] == status and reply.json()["detail"]
-
-
-@pytest.mark.parametrize("text", ["\\ud800", "\\u0000", "\\u202e", "\\u00b2", "\\ud83d\\ude00"])
-def test_odd_characters_are_graded_like_any_other(grader: Grader, text: str) -> None:
-    body = f'{{"response": "{text} \\\\boxed{{7{text}x}}", "gold": ["6", "{text}"], "id": "{text}"}}'
-    reply = grader.client.post("/v1/grade", content=body.encode(), headers={"content-type": "application/json"})
-    assert reply.status_code == 200, reply.text
-    assert reply.json()["verdict"] == "incorrect"
-
-
 def test_health_metrics_and_documentation_are_there(grader: Grader) -> None:
     assert grader.client.get("/readyz").status_code == 200
     assert "multiattempt_grader_items_total" in grader.client.get("/metrics").text
