@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import pty
+import re
+import select
 import socket
 import subprocess
 import sys
@@ -86,6 +89,20 @@ def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_tells_of_the_token() -> None:
     assert "GRADER_API_KEY" in serve("--help").stdout
+
+
+def test_a_person_at_a_terminal_is_told_where_to_point_the_browser() -> None:
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "-m", "services.grader", "--port", "0", "--host", "0.0.0.0"]
+    process = subprocess.Popen(command, stdout=other_end, stderr=subprocess.DEVNULL)
+    try:
+        assert select.select([terminal], [], [], 30)[0]
+        assert re.search(r"http://localhost:\d+/", os.read(terminal, 1_000).decode())
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(terminal)
+        os.close(other_end)
 
 
 @pytest.mark.parametrize(
