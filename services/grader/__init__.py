@@ -5,6 +5,7 @@ Map: `answer` takes the final answer out of a response; `normalise` brings LaTeX
 `equivalence`; `pool` owns those children and their deadlines (`frames`: what they say to each other); `judge` puts
 extraction, cache and pool together. `protocol` holds the HTTP bodies, `problems` the errors; `guards` stand before
 every route (token, size, headers); `app` is the FastAPI application, `trainers` the routes of other projects' trainers,
-`page` what a person sees at /, for which `explain` draws both sides; `__main__` starts it. `client` is how other programs ask, rollout among them; it needs none of the grader's libraries. Nothing here
-knows of training, and nothing imports torch.
+`page` what a person sees at /, for which `explain` draws both sides; `__main__` starts it. `client` is how other
+programs ask, rollout among them; it needs none of the grader's libraries. Nothing here knows of training, and nothing
+imports torch.
 """
