@@ -42,8 +42,8 @@ class Extraction(StrEnum):
 def extract(response: str, *, mode: Extraction = Extraction.BOXED) -> str | None:
     r"""Return the final answer of `response`, stripped, or None when it states none.
 
-    Text up to the last `</think>` is ignored, so are special tokens and all but the last `MAX_TAIL_CHARS`. Boxes side by side,
-    joined by a comma, "and" or "or", are one answer: `\boxed{1} and \boxed{2}` gives `1,2`.
+    Text up to the last `</think>` is ignored, so are special tokens and all but the last `MAX_TAIL_CHARS`. Boxes side
+    by side, joined by a comma, "and" or "or", are one answer: `\boxed{1} and \boxed{2}` gives `1,2`.
     """
     tail = SPECIAL_TOKEN.sub("", response[-MAX_TAIL_CHARS:].rpartition("</think>")[2])
     found = _last_box(tail)

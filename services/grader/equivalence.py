@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from fractions import Fraction
 from typing import Any
 
 from math_verify.errors import TimeoutException
@@ -25,7 +24,7 @@ from services.grader.readings import Collection, Number, Relation
 
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
 
-_RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])|\\begin")
+_RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])")
 _SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|in|notin|subset|subseteq)(?![A-Za-z])")
 _ARC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _QUALIFIER = re.compile(
@@ -141,8 +140,11 @@ class _Comparer:
         gold, answer = readings.drop_label(gold), readings.drop_label(answer)
         if not re.search(r"[<>]", gold + answer):
             gold, answer = _QUALIFIER.sub("", gold), _QUALIFIER.sub("", answer)
+        by_name = self._by_name(gold, answer)
+        if by_name is not None:
+            return by_name
         gold, answer = _drop_assignments(gold, answer)
-        gold, answer = _total(gold), _total(answer)
+        gold, answer = units.total(gold), units.total(answer)
         gold, answer = (_radians(side) if _ARC.search(side) else side for side in (gold, answer))
         gold_unit, answer_unit = None, None
         if not _is_list(gold) and not _is_list(answer):
@@ -225,9 +227,8 @@ class _Comparer:
             if gold is None:
                 self._must_be_readable(gold_text)
             return False, Method.EXACT
-        by_name = self._by_name(gold, answer)
-        if by_name is not None:
-            return by_name
+        if gold.kind == answer.kind == "set" and len(gold.elements) != len(answer.elements):
+            gold, answer = _without_repeats(gold), _without_repeats(answer)
         if len(gold.elements) != len(answer.elements):
             return False, Method.EXACT
         if gold.brackets != answer.brackets and {gold.kind, answer.kind} & {"ordered", "union"}:
@@ -239,17 +240,18 @@ class _Comparer:
         self._is_inside_set = was_inside
         return found
 
-    def _by_name(self, gold: Collection, answer: Collection) -> tuple[bool, Method] | None:
-        """`x=1, y=2` in any order, or as the tuple (1,2) in the order named; None when no names are given."""
-        gold_names, answer_names = _named(gold), _named(answer)
-        if gold_names and answer_names:
-            if gold_names.keys() != answer_names.keys():
+    def _by_name(self, gold: str, answer: str) -> tuple[bool, Method] | None:
+        """`x=1, y=2` in any order, as `(x,y)=(1,2)`, or as the tuple (1,2) in the order named; None without names."""
+        golds, answers = readings.named_values(gold), readings.named_values(answer)
+        if golds and answers:
+            if golds.keys() != answers.keys():
                 return False, Method.EXACT
-            return self._pairs([(gold_names[name], answer_names[name]) for name in gold_names])
-        if gold_names and answer.kind == "ordered" and len(answer.elements) == len(gold_names):
-            return self._pairs(list(zip(gold_names.values(), answer.elements, strict=True)))
-        if answer_names and gold.kind == "ordered" and len(gold.elements) == len(answer_names):
-            return self._pairs(list(zip(gold.elements, answer_names.values(), strict=True)))
+            return self._pairs([(golds[name], answers[name]) for name in golds])
+        for named, other, is_gold in ((golds, answer, True), (answers, gold, False)):
+            parts = readings.collection(other) if named else None
+            if named and parts and parts.kind == "ordered" and len(parts.elements) == len(named):
+                pairs = zip(named.values(), parts.elements, strict=True)
+                return self._pairs([pair if is_gold else pair[::-1] for pair in pairs])
         return None
 
     def _matrices(self, gold: readings.Rows, answer: readings.Rows) -> tuple[bool, Method]:
@@ -373,22 +375,6 @@ def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
     return gold, answer
 
 
-def _total(text: str) -> str:
-    """`2 hours 30 minutes` as one quantity in its last unit."""
-    parts = readings.mixed_quantities(text)
-    if parts is None:
-        return text
-    read = [units.split(part, expected=True) for part in parts]
-    last = read[-1][1]
-    total = Fraction(0)
-    for value, unit in read:
-        number, factor = readings.number(value), units.factor(last, unit)
-        if number is None or factor is None or unit is None or unit.dimension is None:
-            return text
-        total += number.value * factor
-    return f"{total} {' '.join(sorted(last.words))}" if last else text
-
-
 def _radians(text: str) -> str:
     """Degrees inside trigonometric functions as multiples of pi/180."""
     text = re.sub(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?\^\\circ ?", r"(\\frac{\1\\pi}{180})", text)
@@ -420,17 +406,15 @@ def _vector_as_tuple(text: str, rows: readings.Rows | None) -> str:
     return f"({','.join(cell for row in rows for cell in row)})"
 
 
+def _without_repeats(parts: Collection) -> Collection:
+    return Collection(parts.kind, parts.brackets, tuple(dict.fromkeys(parts.elements)))
+
+
 def _singleton(text: str, other: Collection | None) -> Collection | None:
     """A single thing beside a set or list of one: `\\{3\\}` for 3."""
     if other is None or other.kind == "ordered" or len(other.elements) != 1:
         return None
     return Collection("list", "", (text,))
-
-
-def _named(parts: Collection) -> dict[str, str] | None:
-    pairs = [readings.assignment(element) for element in parts.elements]
-    named = dict(pair for pair in pairs if pair)
-    return named if len(named) == len(pairs) > 1 else None
 
 
 def _rising(chain: Relation) -> Relation:

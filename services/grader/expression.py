@@ -115,6 +115,7 @@ def _for_parser(text: str) -> str:
     text = collapse(text, "()").replace(r"^\circ", "").replace("%", r"\cdot\frac{1}{100}")
     text = re.sub(r"(?<![0-9A-Za-z}.)^_])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed, text)
     text = re.sub(r"(?<=[0-9])\.(?![0-9])", "", text)
+    text = re.sub(r"(?<![0-9A-Za-z_^\\{}.])([0-9]+)\(", r"\1\\cdot(", text)
     text = _DERIVATIVE.sub(lambda match: _symbol("d" + match[1] + "over" + match[2]), text)
     text = re.sub(r"(\\(?:sum|prod)_\{[^{}]*\})\^([A-Za-z0-9])", r"\1^{\2}", text)
     text = re.sub(TEXT, lambda match: _symbol(match[1]), text)

@@ -41,6 +41,7 @@ _NAMES = (
     "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|ln|log|exp"
     "|gcd|lcm|max|min|det"
 )
+_BARE_NAMES = rf"{_NAMES.removesuffix('|gcd|lcm|max|min|det')}|(?:gcd|lcm|max|min|det)(?=\s*\()"
 _GREEK_NAMES = "alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|rho|Delta"
 _TEXT_FONTS = "textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname|emph"
 _LAYOUT = (
@@ -48,6 +49,12 @@ _LAYOUT = (
     "|normalsize|bf|rm|it|sf|tt|bfseries|centering|allowbreak|hfill|relax|noindent"
 )
 _DEGREE = r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\^?\s*\\degrees?(?![A-Za-z])|\\textdegree(?![A-Za-z])"
+
+
+def _rows_as_list(match: re.Match[str]) -> str:
+    return ",".join(row for row in match[1].split("\\\\") if row.strip())
+
+
 _PLAIN = (
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*(?:\.(?![0-9]))?"), ""),
     (re.compile(rf"\\(?:{_LAYOUT})(?![A-Za-z])"), " "),
@@ -72,7 +79,10 @@ _PLAIN = (
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"\\mathbf\s*\{\s*R\s*\}"), r"\\mathbb{R}"),
     (re.compile(r"\\backslash(?![A-Za-z])"), r"\\setminus "),
-    (re.compile(rf"\\(?:operatorname|mathrm|text)\*?\s*\{{\s*({_NAMES})\s*\}}"), r"\\\1 "),
+    (re.compile(rf"\\(?:operatorname|mathrm|text)\*?\s*\{{\s*({_BARE_NAMES})\s*\}}"), r"\\\1 "),
+    (re.compile(r"\\operatorname\*?\s*\{\s*(gcd|lcm|max|min|det)\s*\}"), r"\\\1 "),
+    (re.compile(r"\\begin\s*\{(?:cases|aligned|align\*?|gathered)\}([^&{}]*)\\end\s*\{[a-z*]+\}"), _rows_as_list),
+    (re.compile(r"(?<=[0-9A-Za-z})])\s*\\q?quad\s*(?=[A-Za-z]\s*=)"), ", "),
     (re.compile(r"\\operatorname\*?\s*\{\s*arc\s*(sin|cos|tan)\s*\}"), r"\\arc\1 "),
     (re.compile(r"\\(?:mathrm|mathit|mathbf|rm)\s*\{\s*([eid])\s*\}"), r"\1"),
     (re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathnormal|underline|mathcal)\s*\{([^{}]*)\}"), r"{\1}"),
@@ -87,15 +97,16 @@ _PLAIN = (
     (re.compile(r"\\(?:pounds|textsterling)(?![A-Za-z])"), "£"),
     (re.compile(r"\\(?:euro|texteuro)(?![A-Za-z])"), "€"),
     (re.compile(r"\\yen(?![A-Za-z])"), "¥"),
+    (re.compile(r"(?<=[0-9])(?:\s|\\,|~)*\\Omega\s*$"), r"\\text{ohm}"),
     (re.compile(r"(?<=[0-9}) ])(?:\\,|\\ |~|\\;| )\s*([mgshLNJWKVACT])\s*$"), r"\\text{\1}"),  # 5 m
     (re.compile(r"\\(?:qquad|quad|enspace|thinspace)(?![A-Za-z])|(?<!\\)\\[,;:!>] ?|(?<!\\)\\ |~|\{,\}"), " "),
-    (re.compile(rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z]{{2}}|[a-df-mo-suvA-Z])"), r"\\\1 "),
+    (re.compile(rf"(?<![\\A-Za-z])({_BARE_NAMES})(?![A-Za-z]{{2}}|[a-df-mo-suvA-Z])"), r"\\\1 "),
     (re.compile(rf"(?<![\\A-Za-z])({_GREEK_NAMES})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])sqrt(?=[0-9 {])"), r"\\sqrt"),
     (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"(?<![\\A-Za-z])(?:[Ii]nfinity|[Ii]nf|oo)(?![A-Za-z])|\\text\{ *[Ii]nfinity *\}"), r"\\infty "),
+    (re.compile(r"(^|[-+(\[,;=<>]\s*)(?:[Ii]nfinity|[Ii]nf|oo)(?![A-Za-z ])|\\text\{ *[Ii]nfinity *\}"), r"\1\\infty "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\^\s*\(([^()]{1,40})\)"), r"^{(\1)}"),
     (re.compile(r"\^\s*(-?[0-9]{2,}|-[0-9A-Za-z])(?![0-9])"), r"^{\1}"),
@@ -105,7 +116,7 @@ _PLAIN = (
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
     (re.compile(r"\\colon(?![A-Za-z])"), ":"),
     (re.compile(r"\\text\s*\{\s*,?\s*(?:and|or|\\&)\s*\}|\\(?:land|lor|wedge|vee)(?![A-Za-z])"), " , "),
-    (re.compile(r"(?<=[0-9})\]!%A-Za-z]),?\s+(?:and|or|&|\\&)\s+(?=[\\0-9({\[A-Za-z+-])"), ", "),
+    (re.compile(r"(?<=[0-9})\]!%A-Za-z]),?\s+(?:and|or|\\&)\s+(?=[\\0-9({\[A-Za-z+-])"), ", "),
     (re.compile(r",\s*,"), ","),
     (re.compile(r"(?<=[0-9]),(?:\s|\\ )+(?=[0-9]{3}(?![0-9]))"), ";"),  # "1, 234" is a list, "1,234" is not
 )  # fmt: skip
@@ -130,6 +141,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", r"\\text{\1}", text)
     text = re.sub(r"\\text\{([0-9][0-9.,:/+ -]*)\}", r"\1", text)
     text = re.sub(r"\\mu\s*\\text\{(?=[a-zA-Z])", r"\\text{u", text)
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=.*=)", ",", text)  # x=1 \\ y=2
     text = unwrap(re.sub(r"\s+", " ", text))
     text = re.sub(r"(?<![.])\.$|[,;:]$|\\\\$", "", text).strip()
     text = _DOTTED_CYCLE.sub(lambda m: rf"{m[1]}\overline{{{m[2]}{m[3] or ''}{m[4] or ''}}}", text)

@@ -25,9 +25,11 @@ _CLOCK_WORDS = {"noon": (12, 0, 0), "midnight": (0, 0, 0)}
 _BASE = re.compile(
     r"(?:\(([0-9A-Fa-f]{1,200})\)|\\text\{([0-9A-Fa-f]{1,200})\}|([0-9A-Fa-f]{1,200}))_\{?(?:\(?([0-9]{1,2})\)?|\\text\{([a-z]+)\})\}?"
 )
-_MODULO = r"(?:\(?\\?pmod|\\(?:text|operatorname)\{ ?mod ?\}|\(?\\?b?mod|\(\\text\{mod\})"
+_MODULO = r"(?:\(?\\?pmod|\\(?:text|operatorname)\{ ?mod ?\}|\(?\\?b?mod(?:ulo)?|\(\\text\{mod\})"
 _RESIDUE = re.compile(
-    r"(?:[A-Za-z]\s?\\equiv\s?)?(?P<residue>-?[0-9]{1,30}) ?" + _MODULO + r"\s?\(?\{?(?P<modulus>[0-9]{1,30})\}?\)?\)?"
+    r"(?:[A-Za-z]\s?\\equiv\s?)?(?P<residues>-?[0-9]{1,30}(?:,-?[0-9]{1,30}){0,20}) ?"
+    + _MODULO
+    + r"\s?\(?\{?(?P<modulus>[0-9]{1,30})\}?\)?\)?"
 )
 
 
@@ -88,10 +90,13 @@ def based(text: str) -> tuple[str, int] | None:
     return (digits, base) if 2 <= base <= 36 else None
 
 
-def residue(text: str) -> tuple[int, int] | None:
-    """Residue and modulus of `3 \\pmod 7`, with or without `x \\equiv`."""
+def residue(text: str) -> tuple[frozenset[int], int] | None:
+    """Residues and modulus of `3 \\pmod 7` or `1,3 \\pmod 4`, with or without `x \\equiv`."""
     match = _RESIDUE.fullmatch(text)
-    return (int(match["residue"]), int(match["modulus"])) if match and int(match["modulus"]) > 0 else None
+    if match is None or int(match["modulus"]) == 0:
+        return None
+    modulus = int(match["modulus"])
+    return frozenset(int(part) % modulus for part in match["residues"].split(",")), modulus
 
 
 def same_moment(gold: str, answer: str) -> bool | None:
@@ -139,12 +144,11 @@ def _same_based(gold: str, answer: str) -> bool | None:
 def _same_residue(gold: str, answer: str) -> bool | None:
     gold_residue, answer_residue = residue(gold), residue(answer)
     if gold_residue and answer_residue:
-        (a, modulus), (b, answer_modulus) = gold_residue, answer_residue
-        return modulus == answer_modulus and (a - b) % modulus == 0
-    for known, other in ((gold_residue, answer), (answer_residue, gold)):
-        plain = number(other) if known else None
-        if known and plain:
-            return plain.value == known[0]
+        return gold_residue == answer_residue
+    for written, other in ((gold, answer), (answer, gold)):
+        match, plain = _RESIDUE.fullmatch(written), number(other)
+        if match and plain:  # a missing modulus is forgiven
+            return match["residues"] == str(plain.value)
     return None
 
 

@@ -61,10 +61,17 @@ _SYNONYMS = {
     "infinite": "infinity", "positive infinity": "infinity", "plus infinity": "infinity",
     "infinitely many solutions": "infinity", "infinite number of solutions": "infinity",
     "infinitely many": "infinity", "infinite solutions": "infinity",
-    "minus infinity": "negative infinity",
+    "minus infinity": "negative infinity", "integers": "integers", "all integers": "integers",
+    "the set of integers": "integers", "set of integers": "integers", "set of all integers": "integers",
+    "all positive real numbers": "positive reals", "positive real numbers": "positive reals",
+    "all positive reals": "positive reals", "all positive numbers": "positive reals",
+    "nonnegative real numbers": "nonnegative reals", "all nonnegative real numbers": "nonnegative reals",
+    "all non-negative real numbers": "nonnegative reals", "divergent": "diverges", "diverge": "diverges",
+    "convergent": "converges", "converge": "converges",
 }  # fmt: skip
 _CANONICAL = {
     "empty set": r"\emptyset", "real numbers": r"\mathbb{R}", "infinity": r"\infty", "negative infinity": r"-\infty",
+    "integers": r"\mathbb{Z}", "positive reals": r"(0,\infty)", "nonnegative reals": r"[0,\infty)",
 }  # fmt: skip
 MONTHS = [
     "january",
@@ -118,7 +125,7 @@ _LABEL = re.compile(
 )
 _PHRASE = re.compile(
     r"(?i:^(?:\\text\{)?(?:(?:so |thus |hence )?(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is|:)"
-    r"|about|approximately|roughly|around|for all|all|when|if)(?: *\}| (?=[0-9(A-J])))|^\\approx"
+    r"|about|approximately|roughly|around|for all|all|when|if)(?: *\}| (?=(?-i:[0-9(A-J]))))|^\\approx"
 )
 _RELATION_SIGN = re.compile(r"<|>|\\leq(?![A-Za-z]) ?|\\geq(?![A-Za-z]) ?|\\neq(?![A-Za-z]) ?|=")
 
@@ -216,6 +223,8 @@ def canonical(text: str) -> str:
         return _CANONICAL[found]
     if text in (r"\{\}", r"\emptyset", "{}"):
         return r"\emptyset"
+    if text in (r"\mathbb{R}^+", r"\mathbb{R}^{+}", r"\mathbb{R}_{>0}", r"\mathbb{R}_+"):
+        return r"(0,\infty)"
     return r"\infty" if text == r"+\infty" else text
 
 
@@ -355,6 +364,20 @@ def assignment(text: str) -> tuple[str, str] | None:
     if match is None or _RELATION_SIGN.search(match["value"]):
         return None
     return match["name"].replace("{", "").replace("}", "").strip(), match["value"].strip()
+
+
+def named_values(text: str) -> dict[str, str] | None:
+    """The values by name of `x=1,y=2` and `(x,y)=(1,2)`, in their order; None where a name is missing or twice."""
+    whole = assignment(text)
+    if whole and whole[0].startswith("("):
+        names, values = whole[0][1:-1].split(","), collection(whole[1])
+        if values and values.kind == "ordered" and len(values.elements) == len(names):
+            return dict(zip(names, values.elements, strict=True))
+        return None
+    parts = collection(text)
+    pairs = [assignment(element) for element in parts.elements] if parts and parts.kind != "ordered" else []
+    named = dict(pair for pair in pairs if pair)
+    return named if len(named) == len(pairs) > 1 else None
 
 
 def drop_phrase(text: str) -> str:

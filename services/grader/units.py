@@ -8,21 +8,31 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from services.grader.readings import number
+from services.grader.readings import mixed_quantities, number
 
 Dimension = tuple[tuple[str, int], ...]  # base quantity and its power, sorted; () is a plain number
 
 _TEXT = r"\\text\{([^{}]*)\}"
 _SCRIPT = r"(?:\^(?:\{?\s*(-?[0-9])\s*\}?))?"
-_TAIL = re.compile(rf"(?:{_TEXT}|\^\{{?-?[0-9]\}}?|[/ ]|\\cdot ?|\*|\(|\))+$")
+_TEXT_TAIL = re.compile(rf"(?:{_TEXT}|\^\{{?-?[0-9]\}}?|[/ ]|\\cdot ?|\*|\(|\))+$")
 _FRACTION_TAIL = re.compile(rf"\\frac\{{{_TEXT}\}}\{{{_TEXT}{_SCRIPT}\}}$")
 _PLAIN_TAIL = re.compile(
     r"(?<=[0-9})\]%!])(?P<gap> ?)(?P<unit>[A-Za-zµμΩ][A-Za-zµμΩ.]*(?:(?:\^\{?-?[0-9]\}?)?(?: ?[/*·] ?|\\cdot ?| |-)"
     r"(?:\(?[A-Za-zµμΩ][A-Za-zµμΩ.]*\)?))*(?:\^\{?-?[0-9]\}?)?)$"
 )
 _BRACKETED_TAIL = re.compile(r"(?<=[0-9}])\s?\(([A-Za-z]{2,20}(?:[ .-]{1,2}[A-Za-z]{1,20}){0,5})\)$")
-_PIECE = re.compile(r"(?P<joint>/|per )?\s*(?P<word>[A-Za-zµμΩ%']+)\.?(?:\^?\{?(?P<power>-?[0-9])\}?)?")
-_CURRENCY = {"$": "usd", "£": "gbp", "€": "eur", "¥": "jpy", "₹": "inr", "¢": "cent"}
+_DEGREES = re.compile(r"\^\\circ ?(?:\\text\{ ?)?([CF]?)\}?$")
+_UNIT_PART = re.compile(
+    r"/|(?P<prefix>square|cubic)"
+    r"|(?P<name>[A-Za-zµμΩ%]+)\.?(?: ?(?P<suffix>squared|cubed)| ?\^?\{?(?P<power>-?[0-9])\}?)?"
+)
+_CURRENCY = {
+    "$": "usd", "£": "gbp", "€": "eur", "¥": "jpy", "₹": "inr", "¢": "cent", "USD": "usd", "EUR": "eur", "GBP": "gbp",
+    "Rs": "inr",
+}  # fmt: skip
+_SCALES = {"C": "celsius", "F": "fahrenheit"}
+_LEADING_CURRENCY = re.compile(r"(?:\\text\{)?(?P<sign>[-(]?)(?P<name>[$£€¥₹]|(?:USD|EUR|GBP|Rs)(?=[. }]*[0-9]))[. }]*")
+_LEADING_WORDS = re.compile(r"(?:\\text\{)?(?P<words>[A-Za-z]{2,}(?: [A-Za-z]+){0,5})(?:\}| )(?=[-$0-9]|\\frac|\\sqrt)")
 
 # One line a unit: quantities with their powers = size in SI units (or the usual one): spellings.
 _UNITS = """
@@ -96,7 +106,7 @@ length3 = 473176473/2000000000000: cup
 length2 = 10000: ha hectare
 length2 = 316160658/78125: acre
 length time-1 = 1397/3125: mph
-length time-1 = 5/18: kph kmh
+length time-1 = 5/18: kph kmh kmph
 mass length time-2 = 1: N newton Newton
 mass length time-2 = 1000: kN kilonewton
 mass length time-2 = 1/100000: dyne
@@ -181,13 +191,36 @@ increase/decrease north/south east/west profit/loss gain/loss up/down left/right
 clockwise/anticlockwise above/below am/pm before/after more/less more/fewer bc/ad positive/negative
 inside/outside win/loss faster/slower older/younger deficit/surplus debit/credit taller/shorter
 heavier/lighter longer/shorter forward/backward upward/downward ago/later ago/hence hotter/colder
-warmer/colder early/late earlier/later ahead/behind n/s e/w ne/sw nw/se ne/nw northeast/southwest
+warmer/colder warmer/cooler fast/slow
+early/late earlier/later ahead/behind n/s e/w ne/sw nw/se ne/nw northeast/southwest
 northwest/southeast northeast/northwest northeast/southeast larger/smaller greater/smaller greater/less
 higher/lower rise/fall increased/decreased owed/owned maximum/minimum max/min boys/girls markup/discount
 compression/tension attractive/repulsive even/odd rational/irrational prime/composite convergent/divergent
 converges/diverges real/imaginary convex/concave
 """
 _OPPOSITE = frozenset(frozenset(pair.split("/")) for pair in _OPPOSITES.split())
+_NO_QUALIFIERS = frozenset(
+    [
+        "at",
+        "least",
+        "most",
+        "than",
+        "over",
+        "under",
+        "below",
+        "above",
+        "exceed",
+        "not",
+        "or",
+        "between",
+        "before",
+        "after",
+        "no",
+        "only",
+    ]
+)
+_JOINTS = frozenset({"per", "sq", "square", "cubic", "squared", "cubed"})
+_IRREGULAR = {"people": "person", "children": "child", "men": "man", "women": "woman", "feet": "foot", "mice": "mouse"}
 _HEDGES = frozenset(
     {"or", "not", "maybe", "possibly", "perhaps", "probably", "either", "unless", "except", "never", "nor"}
 )
@@ -207,34 +240,25 @@ def split(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
 
     expected: the other side has a unit, so that a single letter behind a number is one as well.
     """
-    for sign, name in _CURRENCY.items():
-        if text.startswith((sign, f"-{sign}", f"({sign}")):
-            rest, trailing = _split_tail(text.replace(sign, "", 1), expected=True)
-            return rest, _currency(name, trailing)
-        if text.endswith(sign):
-            return text.removesuffix(sign).strip(), _read(name)
-    for name in ("USD", "Rs", "EUR", "GBP"):
-        if re.match(rf"(?:\\text\{{)?{name}[. }}]*[0-9]", text):
-            return re.sub(rf"^(?:\\text\{{)?{name}[. }}]*", "", text), _read(name)
-    return _split_tail(text, expected=expected)
-
-
-def _split_tail(text: str, *, expected: bool) -> tuple[str, Unit | None]:
-    if number(text):
-        return text, None  # the "million" of `3 million` is no unit
-    match = re.search(r"\^\\circ ?(?:\\text\{ ?)?([CFK]?)\}?$", text)
-    if match:
-        name = {"C": "celsius", "F": "fahrenheit", "K": "kelvin"}.get(match.group(1), "degree")
-        return text[: match.start()].strip(), _read(name)
-    found = _tail(text, expected=expected)
-    if found is None:
-        return text, None
-    value, words = found
+    currency = _LEADING_CURRENCY.match(text)
+    if currency:
+        value, words = _tail(currency["sign"] + text[currency.end() :], expected=True)
+        money, rest = _read(_CURRENCY[currency["name"]]), _read(words)
+        if rest is None or (money is not None and rest.dimension == money.dimension):
+            return value, money
+        return value, _read(f"{_CURRENCY[currency['name']]} {words}")
+    leading = _LEADING_WORDS.match(text)
+    if leading and _NO_QUALIFIERS.isdisjoint(leading["words"].casefold().split()):
+        value, unit = split(text[leading.end() :], expected=expected)
+        words = f"{leading['words']} {' '.join(unit.words) if unit else ''}"
+        return value, _read(words)
+    value, words = _tail(text, expected=expected)
     unit = _read(words)
-    if unit is None or not value.strip():
+    if unit is None or not value:
         return text, None
     if unit.words & {"percent", "%"}:
-        return value + "%", None if len(unit.words) == 1 else Unit(unit.words - {"percent", "%"}, None, Fraction(1))
+        rest_of_words = unit.words - {"percent", "%"}
+        return value + "%", Unit(rest_of_words, None, Fraction(1)) if rest_of_words else None
     return value, unit
 
 
@@ -244,99 +268,18 @@ def hedges(text: str) -> bool:
 
 
 def factor(gold: Unit | None, answer: Unit | None) -> Fraction | None:
-    """What the answer's value is multiplied by to be in the gold's unit; None when they are not the same quantity."""
+    """What the answer's value is multiplied by to be in the gold's unit; None when they are not the same quantity.
+
+    Two nouns are the same when neither has a word of its own that the other could contradict.
+    """
     if gold is None or answer is None:
         return Fraction(1)
-    if any(frozenset((a, b)) in _OPPOSITE for a in gold.words for b in answer.words if a != b):
-        return None
     if gold.dimension is not None and answer.dimension is not None:
         return answer.size / gold.size if gold.dimension == answer.dimension else None
-    if gold.words == answer.words:
-        return Fraction(1)
+    if any(frozenset((a, b)) in _OPPOSITE for a in gold.words for b in answer.words if a != b):
+        return None
     gold_words, answer_words = gold.words - _GENERIC, answer.words - _GENERIC
-    if not gold_words or not answer_words or gold_words & answer_words:
-        return Fraction(1)
-    return None
-
-
-def _currency(name: str, trailing: Unit | None) -> Unit | None:
-    unit = _read(name)
-    if unit is None or trailing is None or trailing.dimension == unit.dimension:
-        return unit
-    return Unit(unit.words | trailing.words, None, Fraction(1))
-
-
-def _tail(text: str, *, expected: bool) -> tuple[str, str] | None:
-    """Value and unit text, or None."""
-    match = _FRACTION_TAIL.search(text)
-    if match:
-        return text[: match.start()], f"{match.group(1)}/{match.group(2)}{match.group(3) or ''}"
-    match = _TAIL.search(text)
-    if match and r"\text{" in match.group():
-        start = match.start() + match.group().index(r"\text{")
-        return text[:start], re.sub(_TEXT, r" \1 ", text[start:]).replace(r"\cdot", " ")
-    match = _BRACKETED_TAIL.search(text)
-    if match:
-        return text[: match.start()], match.group(1)
-    match = _PLAIN_TAIL.search(text)
-    if match is None:
-        return None
-    words = match.group("unit").replace(r"\cdot", " ")
-    names = re.findall(r"[A-Za-zµμΩ]+", words)
-    if len(names) == 1 and len(names[0]) == 1 and not (expected and names[0] in SINGLE_LETTERS):
-        return None
-    if all(_lookup(name) or name in ("per", "sq", "square", "cubic", "squared", "cubed") for name in names):
-        return text[: match.start()].strip(), words
-    spaced = bool(match.group("gap")) or expected
-    if spaced and all(len(name) >= 2 for name in names if name not in ("a", "I")) and len(names[0]) >= 3:
-        return text[: match.start()].strip(), words
-    return None
-
-
-def _read(words: str) -> Unit | None:
-    words = re.sub(r"\bsq(?:uare|\.)? ?(?=[A-Za-z])", "square ", words.strip())
-    words = re.sub(r"\bper\b", "/", words.replace("-", " ") if "^" not in words else words)
-    plain = frozenset(word.casefold() for word in re.findall(r"[A-Za-zµμΩ%]+", words)) - {"square", "cubic"}
-    if not plain:
-        return None
-    powers: dict[str, int] = {}
-    size, multiplier, sign = Fraction(1), 1, 1
-    for match in re.finditer(r"/|(square|cubic)|([A-Za-zµμΩ%]+)\.?(?: ?(squared|cubed)| ?\^?\{?(-?[0-9])\}?)?", words):
-        if match.group() == "/":
-            sign = -1
-            continue
-        if match.group(1):
-            multiplier = 2 if match.group(1) == "square" else 3
-            continue
-        entry = _lookup(match.group(2))
-        if entry is None:
-            return Unit(frozenset(_singular(word) for word in plain), None, Fraction(1))
-        dimension, one = entry
-        power = {"squared": 2, "cubed": 3}.get(match.group(3) or "") or int(match.group(4) or 1)
-        power *= multiplier * sign
-        multiplier = 1
-        for name, exponent in dimension:
-            powers[name] = powers.get(name, 0) + exponent * power
-        size *= one**power
-    dimension_found = tuple(sorted((name, power) for name, power in powers.items() if power))
-    return Unit(frozenset(_singular(word) for word in plain), dimension_found, size)
-
-
-def _lookup(name: str) -> tuple[Dimension, Fraction] | None:
-    if name in _TABLE:
-        return _TABLE[name]
-    if len(name) > 2:
-        lowered = name.casefold()
-        return _TABLE.get(lowered) or (_TABLE.get(_singular(lowered)) if lowered.endswith("s") else None)
-    return None
-
-
-def _singular(word: str) -> str:
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
-        return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return Fraction(1) if gold_words <= answer_words or answer_words <= gold_words else None
 
 
 def is_angle(unit: Unit | None) -> bool:
@@ -351,3 +294,116 @@ def scaled(value: str, factor: Fraction, unit: Unit | None) -> str:
     if is_angle(unit) and factor == 1 / _DEGREE:
         return rf"({value})\cdot\frac{{180}}{{\pi}}"
     return rf"({value})\cdot\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+
+
+def total(text: str) -> str:
+    """`2 hours 30 minutes` as one quantity in its last unit; other text stays as it is."""
+    parts = mixed_quantities(text)
+    if parts is None:
+        return text
+    read = [split(part, expected=True) for part in parts]
+    last = read[-1][1]
+    added = Fraction(0)
+    for value, unit in read:
+        written, ratio = number(value), factor(last, unit)
+        if written is None or ratio is None or unit is None or unit.dimension is None:
+            return text
+        added += written.value * ratio
+    return f"{added} {' '.join(last.words)}" if last else text
+
+
+def _tail(text: str, *, expected: bool) -> tuple[str, str]:
+    """Value and the text of the unit behind it, "" when there is none."""
+    if number(text):
+        return text, ""  # the "million" of `3 million` is no unit
+    found = _sign_tail(text) or _text_tail(text) or _plain_tail(text, expected=expected)
+    return (found[0].strip(), found[1]) if found else (text, "")
+
+
+def _sign_tail(text: str) -> tuple[str, str] | None:
+    """A currency or a degree sign."""
+    for sign, name in _CURRENCY.items():
+        if len(sign) == 1 and text.endswith(sign):
+            return text.removesuffix(sign), name
+    match = _DEGREES.search(text)
+    return (text[: match.start()], _SCALES.get(match.group(1), "degree")) if match else None
+
+
+def _text_tail(text: str) -> tuple[str, str] | None:
+    r"""`\text{m}/\text{s}^2`, `\frac{\text{m}}{\text{s}}`, or words in brackets."""
+    match = _FRACTION_TAIL.search(text)
+    if match:
+        return text[: match.start()], f"{match.group(1)}/{match.group(2)}{match.group(3) or ''}"
+    match = _TEXT_TAIL.search(text)
+    if match and r"\text{" in match.group():
+        start = match.start() + match.group().index(r"\text{")
+        value = text[:start].rstrip(" ")
+        words = re.sub(_TEXT, r" \1 ", text[start:]).replace(r"\cdot", " ")
+        return (value[:-1], f"/{words}") if value.endswith("/") else (value, words)
+    match = _BRACKETED_TAIL.search(text)
+    return (text[: match.start()], match.group(1)) if match else None
+
+
+def _plain_tail(text: str, *, expected: bool) -> tuple[str, str] | None:
+    """Bare words: known units, or nouns after a space."""
+    match = _PLAIN_TAIL.search(text)
+    if match is None:
+        return None
+    words = match.group("unit").replace(r"\cdot", " ")
+    names = re.findall(r"[A-Za-zµμΩ]+", words)
+    if len(names) == 1 and len(names[0]) == 1 and not (expected and names[0] in SINGLE_LETTERS):
+        return None
+    is_known = all(_lookup(name) or name in _JOINTS for name in names)
+    is_spaced = bool(match.group("gap")) or expected
+    is_noun = is_spaced and len(names[0]) >= 3 and all(len(name) >= 2 for name in names if name != "a")
+    return (text[: match.start()], words) if is_known or is_noun else None
+
+
+def _read(words: str) -> Unit | None:
+    words = re.sub(r"\bsq(?:uare|\.)? ?(?=[A-Za-z])", "square ", words.strip())
+    words = re.sub(r"\bcu(?:bic|\.)? ?(?=[A-Za-z])", "cubic ", words)
+    words = re.sub(r"\bdegrees? (?=[FCfc])", "", words).replace("^\\circ", "")
+    words = re.sub(r"\bper\b", "/", words.replace("-", " ") if "^" not in words else words)
+    plain = frozenset(_singular(word.casefold()) for word in re.findall(r"[A-Za-zµμΩ%]+", words)) - _JOINTS
+    if not plain:
+        return None
+    powers: dict[str, int] = {}
+    size, multiplier, sign = Fraction(1), 1, 1
+    for match in _UNIT_PART.finditer(words):
+        if match.group() == "/":
+            sign = -1
+        elif match["prefix"]:
+            multiplier = 2 if match["prefix"] == "square" else 3
+        else:
+            entry = _lookup(match["name"])
+            if entry is None:
+                return Unit(plain, None, Fraction(1))
+            dimension, one = entry
+            power = {"squared": 2, "cubed": 3}.get(match["suffix"] or "") or int(match["power"] or 1)
+            power *= multiplier * sign
+            multiplier = 1
+            for name, exponent in dimension:
+                powers[name] = powers.get(name, 0) + exponent * power
+            size *= one**power
+    return Unit(plain, tuple(sorted((name, power) for name, power in powers.items() if power)), size)
+
+
+def _lookup(name: str) -> tuple[Dimension, Fraction] | None:
+    if name in _TABLE or len(name) < 3:
+        return _TABLE.get(name)
+    lowered = name.casefold()
+    return (
+        _TABLE.get(lowered)
+        or (_TABLE.get(lowered[:-1]) if lowered.endswith("s") else None)
+        or _TABLE.get(_singular(lowered))
+    )
+
+
+def _singular(word: str) -> str:
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
+        return word[:-2]
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
