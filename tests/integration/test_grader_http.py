@@ -1,10 +1,12 @@
 """The grader's HTTP surface: the bearer token, bad input of every kind, limits, health."""
 
+import asyncio
 import contextlib
 import os
 import pty
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,10 @@ import httpx
 import pytest
 from live_grader import live_grader
 
+from services.contracts.settings import GraderSection
+from services.grader.app import create_app
 from services.grader.problems import MAX_BODY_BYTES
+from tests.grader_process import running, until
 
 pytestmark = pytest.mark.integration
 
@@ -217,6 +222,26 @@ def test_the_loop_answers_while_a_full_batch_is_graded(grader_http: httpx.Client
             assert grader_http.get("/healthz").status_code == 200
             slowest_s = max(slowest_s, time.monotonic() - started)
     assert slowest_s < 2.0
+
+
+async def test_more_than_the_queue_has_room_for_is_refused_for_now() -> None:
+    app = create_app(GraderSection(workers=1, queue_size=1))  # its worker takes longer to start than both requests
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://grader", timeout=60) as client,
+    ):
+        bodies = [{"response": f"\\boxed{{{n}}}", "gold": f"{n}"} for n in range(2)]
+        queued, refused = await asyncio.gather(*(client.post("/v1/grade", json=body) for body in bodies))
+    assert queued.json()["correct"] is True
+    assert is_problem(refused, 503) and refused.headers["retry-after"] == "1"
+
+
+def test_sigterm_lets_requests_finish(tmp_path: Path) -> None:
+    with running(tmp_path, workers=1) as grader, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(batch, grader.client, 5_000)
+        until(lambda: grader.metric("multiattempt_grader_queue_items") > 0)
+        grader.process.send_signal(signal.SIGTERM)
+        assert len(waiting.result(30).json()["results"]) == 5_000
 
 
 def test_every_answer_tells_browsers_what_it_may_do(grader_http: httpx.Client) -> None:
