@@ -1,7 +1,7 @@
 """docs/grader-api.md against a live grader: every example is run, every row of the conventions is graded.
 
 A ```bash or ```python block is run; what follows it as ```json or ```text is what it must print (times aside). ```sh
-blocks install or start something: they are not run, but stand here by name, and the grader's flags must exist.
+blocks install or start something: they are not run, but stand here by name, and the grader's flags and files must exist.
 """
 
 import json
@@ -105,7 +105,7 @@ def test_the_conventions_are_the_graders(url: str) -> None:
     assert len(rows) > 25 and wrong == []
 
 
-def test_what_is_not_run_is_known_and_its_flags_exist() -> None:
+def test_what_is_not_run_is_known_and_its_flags_and_files_exist() -> None:
     lines = [line for block in blocks() if block.language == "sh" for line in block.text.splitlines()]
     assert lines and all(line.strip().startswith(NOT_RUN) for line in lines)
     usage = subprocess.run(
@@ -113,6 +113,8 @@ def test_what_is_not_run_is_known_and_its_flags_exist() -> None:
     ).stdout
     flags = {flag for line in lines if "serve grader" in line for flag in re.findall(r"--[a-z]+", line)}
     assert flags and all(flag in usage for flag in flags)
+    [image] = {name for line in lines for name in re.findall(r"-f (\S+)", line)}
+    assert (ROOT / image).exists()
     assert {block.language for block in blocks()} == {"sh", "bash", "python", "json", "text"}
 
 
