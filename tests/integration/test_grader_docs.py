@@ -1,7 +1,7 @@
 """docs/grader-api.md against a live grader: every example is run, every row of the conventions is graded.
 
 A ```bash or ```python block is run; what follows it as ```json or ```text is what it must print (times aside). ```sh
-blocks install or start something: they are not run, but stand here by name, and the grader's flags and files must exist.
+blocks install or start something: not run, but listed here, and the flags and files that they name must exist.
 """
 
 import json
