@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ $(VENV)/.ready: requirements/torch.txt requirements/cpu.txt pyproject.toml
 $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
 	$(PIP) install --quiet --quiet --no-deps -r requirements/dev.txt
 	touch $@
+
+bench-grader: setup-dev ## the grader against math-verify in process (SOAK=100000: and its memory after so many)
+	$(BIN)/python -m benchmarks.grader --soak $(or $(SOAK),0)
 
 clean: ## remove the virtual environment and the caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis

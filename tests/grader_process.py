@@ -36,9 +36,10 @@ class Grader:
         return _children(server) if server is not None else []
 
     def is_complete(self) -> bool:
-        """Whether it answers and all its workers are warm."""
+        """Whether it answers, all its workers are warm, and the killed ones are gone."""
         try:
-            return self.metric("multiattempt_grader_workers_ready") == self.num_workers
+            is_ready = self.metric("multiattempt_grader_workers_ready") == self.num_workers
+            return is_ready and len(self.worker_pids()) == self.num_workers
         except httpx.ConnectError:
             return False
 

@@ -107,7 +107,7 @@ def allow_cpu(seconds: float) -> None:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook. Text may be run by a module that is being imported: dataclasses do."""
+    """Audit hook. Modules that are being imported may run text (dataclasses do), and one of sympy's, see below."""
     if event == "compile":
         source, filename = arguments
         is_refused = source is not None and not os.fsdecode(filename or b"?").startswith("/")
@@ -118,17 +118,23 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         is_refused = bool(arguments[2] & _WRITING)
     else:
         is_refused = event.startswith(_REFUSED_EVENTS)
-    if is_refused and not (event in ("compile", "exec") and _is_importing()):
+    if is_refused and not (event in ("compile", "exec") and is_text_of_a_library()):
         raise PermissionError(f"refused in a worker: {event}")
 
 
-def _is_importing() -> bool:
-    frame = sys._getframe()
-    while frame.f_back is not None:
+def is_text_of_a_library() -> bool:
+    """Whether the text that is about to run comes from a library's own file, not from an answer.
+
+    Beside imports that is sympy's generator of functions on monomials: their code depends on the number of letters.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code.co_filename.endswith("/sympy/polys/monomials.py"):
+        return True
+    while frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        if frame.f_back is None:
+            return False
         frame = frame.f_back
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
-    return False
+    return True
 
 
 def _program(machine: str, *, max_block_bytes: int) -> bytes:

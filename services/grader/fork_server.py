@@ -107,14 +107,14 @@ class ForkServer:
         self.is_lost = False
 
     @classmethod
-    async def start(cls, *, memory_mb: int, timeout_s: float, alarm_s: int) -> "ForkServer":
-        """Start the process and wait until it is warm. Raises WorkerError."""
+    async def start(cls, module: str, *, memory_mb: int, timeout_s: float, alarm_s: int) -> "ForkServer":
+        """Start the process, `python -m module`, and wait until it is warm. Raises WorkerError."""
         flags = {"--memory-mb": memory_mb, "--timeout-s": timeout_s, "--alarm-s": alarm_s, "--parent": os.getpid()}
         ours, theirs = socket.socketpair()
         ours.settimeout(0)
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "services.grader.worker_process",
+                sys.executable, "-m", module,
                 *(str(part) for flag in flags.items() for part in flag),
                 stdin=theirs.fileno(), stdout=DEVNULL, env=_environment(), start_new_session=True,
             )  # fmt: skip

@@ -22,6 +22,7 @@ from services.grader.fork_server import ForkServer, Worker, WorkerError
 
 MAX_WAIT_S = 100.0  # in the queue; below the 120 s after which the trainers we serve give up
 BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 10.0)  # between attempts to start a worker
+WORKER_MODULE = "services.grader.worker_process"
 MAX_CRASHES = 2  # of one item: the first may be the doing of somebody outside
 
 log = logging.getLogger(__name__)
@@ -145,8 +146,16 @@ class Pool:
     """Grades items on `workers` killable processes. Use it on one event loop: `start`, `grade`, `close`."""
 
     def __init__(
-        self, *, workers: int, timeout_s: float, queue_size: int, worker_memory_mb: int, worker_max_items: int
+        self,
+        *,
+        workers: int,
+        timeout_s: float,
+        queue_size: int,
+        worker_memory_mb: int,
+        worker_max_items: int,
+        worker_module: str = WORKER_MODULE,
     ) -> None:
+        self._worker_module = worker_module
         self._timeout_s = timeout_s
         self._memory_mb = worker_memory_mb
         self._max_items = worker_max_items
@@ -248,7 +257,7 @@ class Pool:
                     await self._server.close()
                 alarm_s = max(1, math.ceil(self._timeout_s) - 1)
                 self._server = await ForkServer.start(
-                    memory_mb=self._memory_mb, timeout_s=self._timeout_s, alarm_s=alarm_s
+                    self._worker_module, memory_mb=self._memory_mb, timeout_s=self._timeout_s, alarm_s=alarm_s
                 )
             worker = await self._server.fork()
         try:

@@ -21,16 +21,17 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from services.contracts.wire import Verdict
 from services.grader import confinement, frames, no_eval
-from services.grader.equivalence import compare
+from services.grader.equivalence import Comparison, compare
 from services.grader.explain import explain
 
 REAP_EVERY_S = 0.02  # while a killed worker has not ended yet
+Compare = Callable[..., Comparison]  # as equivalence.compare
 _PROBE = ("2(x+1)", "2x+2")
 _WARM_UP = (  # imports and caches: no first item shall pay for them
     _PROBE,
@@ -44,7 +45,7 @@ _WARM_UP = (  # imports and caches: no first item shall pay for them
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, compare: Compare = compare) -> int:
     """Fork workers until the pool closes its end."""
     parser = argparse.ArgumentParser(prog="services.grader.worker_process", description=__doc__)
     parser.add_argument("--memory-mb", type=int, required=True)
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     control = _own_socket()
     confinement.die_with_parent(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _warm_up()
-    server = _ForkServer(control, arguments)
+    _warm_up(compare)
+    server = _ForkServer(control, arguments, compare)
     server.say("ready")
     server.run()
     return 0
@@ -72,7 +73,7 @@ def _own_socket() -> socket.socket:
     return control
 
 
-def _warm_up() -> None:
+def _warm_up(compare: Compare) -> None:
     warnings.simplefilter("ignore")
     for name in ("math_verify", "latex2sympy2_extended", "sympy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
@@ -85,8 +86,9 @@ def _warm_up() -> None:
 
 
 class _ForkServer:
-    def __init__(self, control: socket.socket, arguments: argparse.Namespace) -> None:
+    def __init__(self, control: socket.socket, arguments: argparse.Namespace, compare: Compare) -> None:
         self._control = control
+        self._compare = compare
         self._arguments = arguments
         self._living: set[int] = set()
         self._killed: set[int] = set()
@@ -124,7 +126,7 @@ class _ForkServer:
         pid = os.fork()
         if pid == 0:
             self._control.close()
-            _run_worker(descriptor, parent, self._arguments)
+            _run_worker(descriptor, parent, self._arguments, self._compare)
         os.close(descriptor)
         self._living.add(pid)
         self.say(f"forked {pid}")
@@ -137,14 +139,14 @@ class _ForkServer:
                 self.say(f"ended {pid} {os.waitstatus_to_exitcode(status)}")
 
 
-def _run_worker(descriptor: int, parent: int, arguments: argparse.Namespace) -> None:
+def _run_worker(descriptor: int, parent: int, arguments: argparse.Namespace, compare: Compare) -> None:
     """What a fork does; never returns into the fork server's code."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         confinement.die_with_parent(parent)
         stream = os.fdopen(descriptor, "r+b", buffering=0)
         watch = confinement.confine(memory_bytes=arguments.memory_mb * 2**20)
-        _work(stream, watch, arguments)
+        _work(stream, watch, arguments, compare)
         os._exit(0)
     except BaseException:  # noqa: BLE001 - the boundary of the process: nothing may unwind into the fork server
         traceback.print_exc()
@@ -152,7 +154,7 @@ def _run_worker(descriptor: int, parent: int, arguments: argparse.Namespace) -> 
         os._exit(1)
 
 
-def _work(stream: BinaryIO, watch: confinement.MemoryWatch, arguments: argparse.Namespace) -> None:
+def _work(stream: BinaryIO, watch: confinement.MemoryWatch, arguments: argparse.Namespace, compare: Compare) -> None:
     """Answer items until the pool closes its end; end after a memory failure, a fresh process is safer."""
     answer, gold = _PROBE
     compare(answer, [gold], alarm_s=arguments.alarm_s)
@@ -163,7 +165,7 @@ def _work(stream: BinaryIO, watch: confinement.MemoryWatch, arguments: argparse.
         confinement.allow_cpu(arguments.timeout_s)
         started = time.perf_counter()
         try:
-            reply = _answer(request, alarm_s=arguments.alarm_s)
+            reply = _answer(request, compare, alarm_s=arguments.alarm_s)
         except MemoryError:
             reply = None
         elapsed_ms = (time.perf_counter() - started) * 1000.0
@@ -173,7 +175,7 @@ def _work(stream: BinaryIO, watch: confinement.MemoryWatch, arguments: argparse.
         _send(stream, reply | {"elapsed_ms": elapsed_ms})
 
 
-def _answer(request: dict[str, Any], *, alarm_s: int) -> dict[str, Any]:
+def _answer(request: dict[str, Any], compare: Compare, *, alarm_s: int) -> dict[str, Any]:
     if request["explain"]:
         explanation = explain(request["answer"], request["golds"])
         return {"verdict": Verdict.NO_ANSWER, "method": None, "explanation": asdict(explanation)}

@@ -16,7 +16,6 @@ from tests.grader_process import Grader, running, until
 pytestmark = pytest.mark.integration
 
 TIMEOUT_S = 2.0
-SLOW = r"\frac{" * 40 + "1" + "}{2}" * 40  # passes the guards; evalf doubles its work at each level
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +37,22 @@ def test_verdicts_come_with_their_layer_and_the_answer_found(grader: Grader) -> 
     assert grader.grade("y+x", ["z", "x+y"])["method"] == "symbolic"
 
 
-def test_a_batch_keeps_its_order_and_a_hostile_item_costs_no_other_its_verdict(grader: Grader) -> None:
+def test_a_batch_keeps_its_order_and_a_stuck_worker_costs_one_item_its_verdict(grader: Grader) -> None:
+    until(grader.is_complete)
+    os.kill(grader.worker_pids()[0], signal.SIGSTOP)
     items = [{"response": rf"\boxed{{{n}+a}}", "gold": f"a+{n % 3}", "id": str(n)} for n in range(12)]
-    items[3] |= {"response": rf"\boxed{{{SLOW}}}", "gold": "5"}
     started = time.monotonic()
     results = grader.client.post("/v1/grade/batch", json={"items": items}).json()["results"]
     assert time.monotonic() - started < TIMEOUT_S + 1.5
     assert [result["id"] for result in results] == [str(n) for n in range(12)]
-    assert [result["verdict"] for result in results] == [
-        "timeout" if n == 3 else "correct" if n < 3 else "incorrect" for n in range(12)
-    ]
+    right = ["correct"] * 3 + ["incorrect"] * 9
+    verdicts = [result["verdict"] for result in results]
+    assert verdicts.count("timeout") == 1
+    assert all(verdict in (wanted, "timeout") for verdict, wanted in zip(verdicts, right, strict=True))
 
 
 async def test_a_stopped_worker_is_killed_at_the_deadline_while_the_other_goes_on(grader: Grader) -> None:
+    until(grader.is_complete)
     stopped = grader.worker_pids()[0]
     os.kill(stopped, signal.SIGSTOP)
     async with httpx.AsyncClient(base_url=grader.client.base_url, timeout=20) as client:
