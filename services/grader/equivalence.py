@@ -20,7 +20,7 @@ from services.grader.answer import is_blank
 from services.grader.expression import UnreadableError
 from services.grader.normalise import normalise
 from services.grader.numeric import decimal_equals, numbers_equal
-from services.grader.readings import Collection, Number, Relation
+from services.grader.readings import Collection, Relation
 
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
 
@@ -99,9 +99,7 @@ class _Comparer:
             return True, Method.EXACT
         if is_blank(answer) or max(len(gold), len(answer)) > expression.MAX_CHARS:
             return False, Method.EXACT
-        gold, answer = (
-            readings.canonical(readings.spelled_number(readings.drop_phrase(side))) for side in (gold, answer)
-        )
+        gold, answer = _as_mathematics(gold), _as_mathematics(answer)
         if gold == answer:
             return True, Method.EXACT
         option = self._by_option(gold, answer)
@@ -121,9 +119,8 @@ class _Comparer:
             return gold_letters == readings.option_letters(answer), Method.EXACT
         gold_option, answer_option = readings.option_letter(gold), readings.option_letter(answer)
         if gold_option is None:
-            if answer_option and answer_option[1]:  # "(B) 12" for 12
-                return self.equal(gold, answer_option[1])
-            return None
+            text = answer_option[1] if answer_option else ""  # "(B) 12" for 12
+            return self.equal(gold, text) if text and readings.option_letter(text) is None else None
         letter, text = gold_option
         if answer_option is None:
             if text:
@@ -144,15 +141,10 @@ class _Comparer:
         if by_name is not None:
             return by_name
         gold, answer = _drop_assignments(gold, answer)
-        gold, answer = units.total(gold), units.total(answer)
         gold, answer = (_radians(side) if _ARC.search(side) else side for side in (gold, answer))
-        gold_unit, answer_unit = None, None
-        if not _is_list(gold) and not _is_list(answer):
-            gold_value, gold_unit = units.split(gold)
-            answer_value, answer_unit = units.split(answer, expected=gold_unit is not None)
-            if answer_unit is not None and gold_unit is None:
-                gold_value, gold_unit = units.split(gold, expected=True)
-            gold, answer = gold_value, answer_value
+        if _is_list(gold) or _is_list(answer):
+            return self._by_value(gold, answer)
+        gold, answer, gold_unit, answer_unit = _without_units(units.total(gold), units.total(answer))
         factor = units.factor(gold_unit, answer_unit)
         if factor is None:
             return False, Method.EXACT
@@ -160,14 +152,11 @@ class _Comparer:
             return True, Method.EXACT
         gold_number, answer_number = readings.number(gold), readings.number(answer)
         if factor != 1:
-            if answer_number is not None and not units.is_angle(answer_unit):
-                answer_number = Number(answer_number.value * factor, answer_number.decimals, answer_number.is_percent)
-            else:
-                answer, answer_number = units.scaled(answer, factor, answer_unit), None
+            answer_number = units.scaled_number(answer_number, factor, answer_unit)
+            answer = units.scaled(answer, factor, answer_unit)
         if gold_number is not None and answer_number is not None:
             return numbers_equal(gold_number, answer_number), Method.NUMERIC
-        gold, answer = _drop_assignments(gold, answer)
-        return self._by_value(gold, answer)
+        return self._by_value(*_drop_assignments(gold, answer))
 
     def _by_value(self, gold: str, answer: str) -> tuple[bool, Method]:
         """Compare what has neither unit nor name: notations, real sets, matrices, collections, relations, values."""
@@ -373,6 +362,15 @@ def _drop_assignments(gold: str, answer: str) -> tuple[str, str]:
     if answer_pair and not _RELATION.search(gold):
         return gold, answer_pair[1]
     return gold, answer
+
+
+def _without_units(gold: str, answer: str) -> tuple[str, str, units.Unit | None, units.Unit | None]:
+    """Both values and both units; a single letter is a unit where the other side has one."""
+    gold_value, gold_unit = units.split(gold)
+    answer_value, answer_unit = units.split(answer, expected=gold_unit is not None)
+    if answer_unit is not None and gold_unit is None:
+        gold_value, gold_unit = units.split(gold, expected=True)
+    return gold_value, answer_value, gold_unit, answer_unit
 
 
 def _radians(text: str) -> str:

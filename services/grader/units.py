@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from services.grader.readings import mixed_quantities, number
+from services.grader.readings import Number, mixed_quantities, number
 
 Dimension = tuple[tuple[str, int], ...]  # base quantity and its power, sorted; () is a plain number
 
@@ -294,6 +294,13 @@ def scaled(value: str, factor: Fraction, unit: Unit | None) -> str:
     if is_angle(unit) and factor == 1 / _DEGREE:
         return rf"({value})\cdot\frac{{180}}{{\pi}}"
     return rf"({value})\cdot\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+
+
+def scaled_number(value: Number | None, factor: Fraction, unit: Unit | None) -> Number | None:
+    """A written number times a factor of `factor`; None where that is irrational, as between degrees and radians."""
+    if value is None or is_angle(unit):
+        return None
+    return Number(value.value * factor, value.decimals, value.is_percent)
 
 
 def total(text: str) -> str:
