@@ -29,11 +29,11 @@ class Grader:
         return dict(reply.json())
 
     def fork_server_pid(self) -> int | None:
-        return next(iter(_children(self.process.pid)), None)
+        return next(iter(children(self.process.pid)), None)
 
     def worker_pids(self) -> list[int]:
         server = self.fork_server_pid()
-        return _children(server) if server is not None else []
+        return children(server) if server is not None else []
 
     def is_complete(self) -> bool:
         """Whether it answers, all its workers are warm, and the killed ones are gone."""
@@ -51,7 +51,7 @@ class Grader:
         return self.metric(f'multiattempt_grader_worker_failures_total{{cause="{cause}"}}')
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """The living ones: a killed child that is not reaped yet is none."""
     try:
         found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

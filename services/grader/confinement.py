@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+from types import FrameType
 from typing import Any
 
 BLOCKS = 8  # no single block of memory may be larger than this share of a worker's limit
@@ -118,23 +119,21 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         is_refused = bool(arguments[2] & _WRITING)
     else:
         is_refused = event.startswith(_REFUSED_EVENTS)
-    if is_refused and not (event in ("compile", "exec") and is_text_of_a_library()):
+    if is_refused and not (event in ("compile", "exec") and is_text_of_a_library(sys._getframe(1))):
         raise PermissionError(f"refused in a worker: {event}")
 
 
-def is_text_of_a_library() -> bool:
-    """Whether the text that is about to run comes from a library's own file, not from an answer.
+def is_text_of_a_library(frame: FrameType) -> bool:
+    """Whether the text that `frame` is about to run comes from a library's own file, not from an answer.
 
     Beside imports that is sympy's generator of functions on monomials: their code depends on the number of letters.
     """
-    frame = sys._getframe(2)
     if frame.f_code.co_filename.endswith("/sympy/polys/monomials.py"):
         return True
-    while frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return True
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename != "<frozen importlib._bootstrap>":
+        caller = caller.f_back
+    return caller is not None
 
 
 def _program(machine: str, *, max_block_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 from math_verify.utils import timeout
 
+from services.grader import no_eval
 from services.grader.evaluation import (
     AGREEMENT,
     DIGITS,
@@ -31,6 +32,8 @@ from services.grader.evaluation import (
     value_at,
 )
 from services.grader.normalise import TEXT, collapse
+
+no_eval.seal()  # latex2sympy2 would have sympy evaluate every number of an answer as Python
 
 MAX_CHARS = 1_000  # of a text that is parsed
 MAX_NESTING = 24  # the parser takes seconds for 50 brackets

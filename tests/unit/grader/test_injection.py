@@ -19,7 +19,6 @@ os.environ["SYMPY_GROUND_TYPES"] = "python"
 from services.grader import confinement, no_eval
 from services.grader.answer import extract, Extraction
 from services.grader.equivalence import compare
-no_eval.seal()
 compare("2(x+1)", ["2x+2"], alarm_s=5)
 seen = []
 REFUSED = confinement._REFUSED_EVENTS
@@ -27,7 +26,7 @@ def hook(event, arguments):
     if event in ("compile", "exec"):
         name = os.fsdecode(arguments[1] or "?") if event == "compile" else arguments[0].co_filename
         text = arguments[0] if event == "compile" else arguments[0].co_names
-        if not name.startswith(("/", "<frozen ")) and not confinement.is_text_of_a_library():
+        if not name.startswith(("/", "<frozen ")) and not confinement.is_text_of_a_library(sys._getframe(1)):
             seen.append([event, name, repr(text)[:100]])
     elif event.startswith(REFUSED) or (event == "open" and arguments[2] & confinement._WRITING):
         seen.append([event, repr(arguments)[:100], ""])
@@ -38,6 +37,11 @@ for line in sys.stdin:
     if answer is not None:
         compare(answer, [gold], alarm_s=5)
 print(json.dumps(seen))
+"""
+UNSEALED = """
+import sympy.parsing.sympy_parser
+from services.grader import confinement, no_eval
+no_eval.seal = lambda: None
 """
 
 COMMANDS = (
@@ -129,7 +133,7 @@ def _as_list(gold: str | list[str]) -> list[str]:
 
 def test_the_audit_sees_text_that_is_run(tmp_path: Path) -> None:
     """The proof that the tests above can fail: without the seal, latex2sympy2 has sympy evaluate the digits."""
-    opened = AUDITED.replace("no_eval.seal()", "").replace(
+    opened = AUDITED.replace("from services.grader import confinement, no_eval\n", UNSEALED).replace(
         "compare(answer, [gold], alarm_s=5)", "no_eval.sympy.Number('7')"
     )
     done = subprocess.run(
