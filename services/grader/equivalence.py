@@ -22,6 +22,7 @@ from services.grader.normalise import normalise
 from services.grader.numeric import decimal_equals, numbers_equal
 from services.grader.readings import Collection, Relation
 
+MAX_CHARS = 1_000  # of an answer that is compared by more than spelling
 MAX_ELEMENTS = 24  # of a list that is compared by more than spelling
 
 _RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq|cup|cap|in|mathbb|setminus|equiv)(?![A-Za-z])")
@@ -97,7 +98,7 @@ class _Comparer:
             raise UnparsableGoldError("the gold answer is empty")
         if gold == answer:
             return True, Method.EXACT
-        if is_blank(answer) or max(len(gold), len(answer)) > expression.MAX_CHARS:
+        if is_blank(answer) or max(len(gold), len(answer)) > MAX_CHARS:
             return False, Method.EXACT
         gold, answer = _as_mathematics(gold), _as_mathematics(answer)
         if gold == answer:
