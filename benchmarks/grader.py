@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ CLIENTS = (1, 2, 8, 64)
 SHORT_CHARS, LONG_CHARS = 200, 8_000
 VERY_LONG_CHARS = 128_000
 HOSTILE_SHARE = 0.05
+HOSTILE_CLIENTS = 16
+NUM_WARM_UP = 100
 NUM_CACHED_PAIRS = 4_000
 NUM_LONG = 40
 SOAK_BATCH = 2_000
@@ -92,27 +94,29 @@ async def _measure(pairs: Sequence[Pair], arguments: argparse.Namespace) -> list
     claims: list[dict[str, Any]] = []
 
     def claim(case: str, ours: float, reference: float, ratio: float, unit: str) -> None:
-        claims.append({"case": case, "ours": _short(ours), "reference": _short(reference), "ratio": _short(ratio),
-                       "unit": unit})  # fmt: skip
+        numbers = {
+            name: float(f"{value:.4g}") for name, value in (("ours", ours), ("reference", reference), ("ratio", ratio))
+        }
+        claims.append({"case": case, **numbers, "unit": unit})
 
     reference = workers * reference_rate(arguments)
     print(f"math-verify in process: {reference / workers:.0f} items/s on one core, {reference:.0f} on {workers}")
-    with service(workers=workers, cache_items=0) as grader:
-        print(f"start-up until {workers} workers have each answered an item: {grader.start_s:.2f} s")
-        await grader.batch(pairs[:200])
-        for clients in CLIENTS:
+    for clients in CLIENTS:
+        async with fresh_service(pairs, workers=workers) as grader:
             rate, replies = await grader.singles(pairs, clients=clients)
-            own, excess = describe_latency(replies, clients=clients, workers=workers, rate=rate)
-            print(f"{clients:3d} clients: {rate:5.0f} items/s; {own}")
-            claim(f"single requests, {clients} clients, no cache", rate, reference, rate / reference, "items/s")
-            claim(f"p99 above own time and queue, {clients} clients", excess, 50.0, excess / 50.0, "ms")
+        words, excess = describe_latency(replies, clients=clients, workers=workers, rate=rate)
+        print(f"{clients:3d} clients: {rate:5.0f} items/s; {words}")
+        claim(f"single requests, {clients} clients, no cache", rate, reference, rate / reference, "items/s")
+        claim(f"p99 above own time and queue, {clients} clients", excess, 50.0, excess / 50.0, "ms")
+    async with fresh_service(pairs, workers=workers) as grader:
+        print(f"start-up until {workers} workers have each answered an item: {grader.start_s:.2f} s")
         started = time.perf_counter()
         await grader.batch(pairs)
         rate = len(pairs) / (time.perf_counter() - started)
         print(f"one batch of {len(pairs)}: {rate:.0f} items/s")
         claim("one batch, no cache", rate, reference, rate / reference, "items/s")
-        await _measure_hostile(grader, pairs, claim)
         await _measure_long(grader, pairs, claim)
+    await _measure_hostile(pairs, workers, claim)
     with service(workers=workers) as grader:
         await _measure_cached(grader, pairs, claim)
         if arguments.soak:
@@ -123,18 +127,20 @@ async def _measure(pairs: Sequence[Pair], arguments: argparse.Namespace) -> list
 Claim = Callable[[str, float, float, float, str], None]
 
 
-async def _measure_hostile(grader: "Grader", pairs: Sequence[Pair], claim: Claim) -> None:
+async def _measure_hostile(pairs: Sequence[Pair], workers: int, claim: Claim) -> None:
     """The rate of clean items alone, with and without hostile ones among them, from the same number of clients."""
-    hostile = [Pair(h.response, h.gold) for h in hostile_inputs.AS_ANSWER + hostile_inputs.AS_BOTH]
+    inputs = [Pair(h.response, h.gold) for h in hostile_inputs.AS_ANSWER + hostile_inputs.AS_RESPONSE]
     num_hostile = math.ceil(len(pairs) * HOSTILE_SHARE / (1 - HOSTILE_SHARE))
-    drawn = random.Random(5).sample(hostile, num_hostile)
-    clean, _ = await grader.singles(pairs, clients=16)
-    mixed, replies = await grader.singles(pairs, clients=16, hostile=drawn)
+    drawn = random.Random(5).sample(inputs, num_hostile)
+    async with fresh_service(pairs, workers=workers) as grader:
+        clean, _ = await grader.singles(pairs, clients=HOSTILE_CLIENTS)
+    async with fresh_service(pairs, workers=workers) as grader:
+        mixed, replies = await grader.singles(pairs, clients=HOSTILE_CLIENTS, hostile=drawn)
     bad = [reply for reply in replies if reply.is_hostile]
-    longest_ms = max(reply.own_ms for reply in bad)
     num_timeouts = sum(reply.verdict == "timeout" for reply in bad)
     print(f"with {num_hostile} hostile items among {len(pairs)}: {mixed:.0f} clean items/s, without {clean:.0f}; "
-          f"{num_timeouts} of them timed out, the longest took {longest_ms:.0f} ms")  # fmt: skip
+          f"{num_timeouts} of them timed out; each took {statistics.mean(reply.own_ms for reply in bad):.0f} ms, "
+          f"at most {max(reply.own_ms for reply in bad):.0f}")  # fmt: skip
     claim("clean items while 5 % are hostile", mixed, clean, mixed / clean, "items/s")
 
 
@@ -272,10 +278,6 @@ def _percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 @dataclass(frozen=True)
 class Grader:
     """The service as a process."""
@@ -361,6 +363,14 @@ def _request(path: str, body: dict[str, Any]) -> bytes:
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
     )
     return f"{head}\r\n\r\n".encode() + content
+
+
+@asynccontextmanager
+async def fresh_service(pairs: Sequence[Pair], *, workers: int) -> AsyncIterator[Grader]:
+    """A service of its own for one case, its cache off: nothing of the others is in its workers' memory."""
+    with service(workers=workers, cache_items=0) as grader:
+        await grader.batch([Pair(pair.response, f"{pair.gold}+{n}") for n, pair in enumerate(pairs[:NUM_WARM_UP])])
+        yield grader
 
 
 @contextmanager
