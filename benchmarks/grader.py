@@ -63,12 +63,22 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One graded request: its whole latency, and the item's own time as the service gives it."""
+    """One graded request: when it was sent and answered, and the item's own time as the service gives it."""
 
     verdict: str
-    latency_ms: float
+    sent_ms: float
+    answered_ms: float
     own_ms: float
     is_hostile: bool = False
+
+    @property
+    def latency_ms(self) -> float:
+        return self.answered_ms - self.sent_ms
+
+    @property
+    def started_ms(self) -> float:
+        """When a worker began it, had the answer no way to travel."""
+        return self.answered_ms - self.own_ms
 
 
 def main() -> None:
@@ -104,10 +114,10 @@ async def _measure(pairs: Sequence[Pair], arguments: argparse.Namespace) -> list
     for clients in CLIENTS:
         async with fresh_service(pairs, workers=workers) as grader:
             rate, replies = await grader.singles(pairs, clients=clients)
-        words, excess = describe_latency(replies, clients=clients, workers=workers, rate=rate)
+        words, added = describe_latency(replies, workers=workers)
         print(f"{clients:3d} clients: {rate:5.0f} items/s; {words}")
         claim(f"single requests, {clients} clients, no cache", rate, reference, rate / reference, "items/s")
-        claim(f"p99 above own time and queue, {clients} clients", excess, 50.0, excess / 50.0, "ms")
+        claim(f"p99 above own time and queue, {clients} clients", added, 50.0, added / 50.0, "ms")
     async with fresh_service(pairs, workers=workers) as grader:
         print(f"start-up until {workers} workers have each answered an item: {grader.start_s:.2f} s")
         started = time.perf_counter()
@@ -258,20 +268,32 @@ def measure_reference(pairs: Sequence[Pair]) -> float:
     return len(pairs) / (time.perf_counter() - started)
 
 
-def describe_latency(replies: Sequence[Reply], *, clients: int, workers: int, rate: float) -> tuple[str, float]:
+def describe_latency(replies: Sequence[Reply], *, workers: int) -> tuple[str, float]:
     """The percentiles in words, and the 99th of what is neither own time nor queue.
 
-    Queue: beyond one item per worker the others wait, at this rate (Little's law) `(clients - workers) / rate`. That
-    much no service can avoid; the rest is what this one adds.
+    Queue: what the workers did for others while a request waited for one of them. That much no service can avoid; the
+    rest is what this one adds.
     """
-    queue_ms = max(0, clients - workers) / rate * 1000.0
     latency = sorted(reply.latency_ms for reply in replies)
-    above = sorted(reply.latency_ms - reply.own_ms for reply in replies)
+    queue = [_waited_ms(reply, replies, workers=workers) for reply in replies]
+    added = sorted(reply.latency_ms - reply.own_ms - ms for reply, ms in zip(replies, queue, strict=True))
+    own = sorted(reply.own_ms for reply in replies)
     text = (
-        f"p50 {_percentile(latency, 50):.1f}, p99 {_percentile(latency, 99):.1f} ms; above own time "
-        f"p50 {_percentile(above, 50):.1f}, p99 {_percentile(above, 99):.1f} ms, of which queue {queue_ms:.1f}"
+        f"p50 {_percentile(latency, 50):.1f}, p99 {_percentile(latency, 99):.1f} ms; own time p99 "
+        f"{_percentile(own, 99):.1f}; queue p99 {_percentile(sorted(queue), 99):.1f}; added p50 "
+        f"{_percentile(added, 50):.1f}, p99 {_percentile(added, 99):.1f}"
     )
-    return text, max(0.0, _percentile(above, 99) - queue_ms)
+    return text, _percentile(added, 99)
+
+
+def _waited_ms(reply: Reply, replies: Sequence[Reply], *, workers: int) -> float:
+    """How long the workers were busy with other items between the sending of one and its start, on the mean."""
+    shared = (
+        min(other.answered_ms, reply.started_ms) - max(other.started_ms, reply.sent_ms)
+        for other in replies
+        if other is not reply and other.answered_ms > reply.sent_ms and other.started_ms < reply.started_ms
+    )
+    return sum(ms for ms in shared if ms > 0) / workers
 
 
 def _percentile(ordered: Sequence[float], percent: float) -> float:
@@ -298,10 +320,10 @@ class Grader:
         async def client() -> None:
             connection = await _Connection.open(self.port)
             for body, is_hostile in bodies:
-                started = time.perf_counter()
+                sent_ms = time.perf_counter() * 1000.0
                 result = await connection.post(body)
-                latency_ms = (time.perf_counter() - started) * 1000.0
-                replies.append(Reply(result["verdict"], latency_ms, result["elapsed_ms"], is_hostile))
+                answered_ms = time.perf_counter() * 1000.0
+                replies.append(Reply(result["verdict"], sent_ms, answered_ms, result["elapsed_ms"], is_hostile))
             connection.close()
 
         started = time.perf_counter()
