@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from services.contracts.ledger import Claim
-from services.contracts.wire import Sampling, Task, Trajectory, Verdict
+from services.contracts.wire import Progress, Sampling, Task, Trajectory, Verdict
 from services.grader.client import Grade, GraderUnavailableError
 from services.rollout.runner import Delta, GenerationAborted
 
@@ -97,7 +97,8 @@ class MemoryLedger:
         self.completed: list[Trajectory] = []
         self.buried: list[tuple[Task, str]] = []
         self.renewals: list[list[str]] = []
-        self.num_released = 0
+        self.num_released = self.num_failed = 0
+        self.saved: dict[str, list[Progress]] = {}
 
     async def open(self) -> None:
         pass
@@ -113,9 +114,16 @@ class MemoryLedger:
         self.renewals.append(list(entry_ids))
         return [entry_id for entry_id in entry_ids if self.leased.get(entry_id, ("",))[0] == consumer]
 
-    async def release(self, consumer: str, entry_id: str) -> bool:
+    async def release(self, consumer: str, entry_id: str, *, has_failed: bool) -> bool:
+        if self.leased.get(entry_id, ("",))[0] != consumer:
+            return False
         self.num_released += 1
+        self.num_failed += has_failed
         self.expire(entry_id)
+        return True
+
+    async def save(self, consumer: str, entry_id: str, progress: Progress) -> bool:
+        self.saved.setdefault(entry_id, []).append(progress)
         return True
 
     async def complete(self, entry_id: str, trajectory: Trajectory) -> bool:
@@ -133,6 +141,7 @@ class MemoryLedger:
         """The lease has run out: the task waits again, or another consumer has it."""
         _, claim = self.leased.pop(entry_id)
         if taken_by is None:
-            self.waiting.append(claim)
+            saved = self.saved.get(entry_id)
+            self.waiting.append(claim._replace(progress=saved[-1] if saved else None))
         else:
             self.leased[entry_id] = (taken_by, claim)

@@ -1,7 +1,7 @@
 """The ledger: every task that was issued, and every trajectory that came of one, on Redis streams.
 
     learner                                         rollout
-    issue  -> tasks (group "rollout")       ->      claim, renew, release
+    issue  -> tasks (group "rollout")       ->      claim, renew, release, save (progress)
     take   <- trajectories (group "learner") <-     complete
     drop, acknowledge       dead letters     <-     bury, or claimed too often
 
@@ -9,6 +9,10 @@ Each step is one Lua script (`lua/*.lua`, whose first lines say what it does and
 client repeats a command whose reply was lost). So after any crash a task is in exactly one place: waiting, leased,
 a trajectory, or a dead letter. `live[batch]` counts tasks and trajectories of a batch that still exist; the learner
 issues what is missing from it, and that alone replaces dead, dropped and lost ones.
+
+Beside the tasks is `progress`: a dialogue between two attempts, by the task's entry. Its holder saves it, the next
+claim hands it over, and it goes with the entry. A claim counts against `max_deliveries` when nothing came of it: no
+result, no saved attempt, and not given back by its holder's own choice.
 
 Times are by the server's clock. A lease is the idle time of a stream entry. Deciding what to issue, what is too old
 and when a checkpoint is durable is left to the learner; running the dialogues to rollout.
@@ -24,13 +28,21 @@ from typing import Any, NamedTuple, cast
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from services.contracts.wire import Task, Trajectory, decode_task, decode_trajectory, encode
+from services.contracts.wire import (
+    Progress,
+    Task,
+    Trajectory,
+    decode_progress,
+    decode_task,
+    decode_trajectory,
+    encode,
+)
 
 POLL_S = 0.02  # the learner looks for trajectories this often; a blocked connection would cost more than it saves
 TAKE_LIMIT = 256  # trajectories in one reply: some megabytes
 
 _SCRIPTS = (
-    "issue", "restore", "claim", "renew", "release", "complete", "bury", "take", "drop", "acknowledge", "depth"
+    "issue", "restore", "claim", "renew", "release", "save", "complete", "bury", "take", "drop", "acknowledge", "depth"
 )  # fmt: skip
 
 
@@ -49,7 +61,8 @@ class Claim(NamedTuple):
 
     task: Task
     entry_id: str
-    deliveries: int  # 1 the first time; more after expired leases and releases
+    deliveries: int  # 1 the first time; more after claims that came to nothing
+    progress: Progress | None = None  # what an earlier holder saved
 
 
 class Taken(NamedTuple):
@@ -80,7 +93,7 @@ class Ledger:
     """One run's ledger.
 
     redis: from `store.connect`. lease_s: a claimed task not renewed for this long goes to another replica (found up
-    to a quarter of it later). max_deliveries: after so many claims without a result a task is a dead letter.
+    to a quarter of it later). max_deliveries: after so many claims that came to nothing a task is a dead letter.
     Every method may raise redis.exceptions.RedisError, once the client has lost patience with a server that is away,
     and WireError for an entry that another version of the code wrote.
     """
@@ -93,6 +106,7 @@ class Ledger:
         self._tasks = f"{prefix}tasks"
         self._trajectories = f"{prefix}trajectories"
         self._dead = f"{prefix}dead"
+        self._progress = f"{prefix}progress"
         self._next_task = f"{prefix}next_task"
         self._version_floor = f"{prefix}version_floor"
         self._live = f"{prefix}live"
@@ -148,10 +162,16 @@ class Ledger:
         """
         if n < 1:
             return []
-        keys = [self._tasks, self._dead, self._live, self._version_floor, self._scanned]
+        keys = [self._tasks, self._dead, self._live, self._progress, self._version_floor, self._scanned]
         found = await self._run("claim", keys, consumer, version, n, self._lease_ms, self._max_deliveries)
         return [
-            Claim(decode_task(payload), entry_id.decode(), int(deliveries)) for entry_id, deliveries, payload in found
+            Claim(
+                decode_task(payload),
+                entry_id.decode(),
+                int(deliveries),
+                None if progress is None else decode_progress(progress),
+            )
+            for entry_id, deliveries, payload, progress in found
         ]
 
     async def renew(self, consumer: str, entry_ids: Sequence[str]) -> list[str]:
@@ -160,22 +180,30 @@ class Ledger:
             return []
         return [entry_id.decode() for entry_id in await self._run("renew", [self._tasks], consumer, *entry_ids)]
 
-    async def release(self, consumer: str, entry_id: str) -> bool:
-        """Give a claimed task back: the next claim gets it. Counts as a delivery. False: it was no longer ours."""
-        return bool(await self._run("release", [self._tasks, self._scanned], consumer, entry_id))
+    async def release(self, consumer: str, entry_id: str, *, has_failed: bool) -> bool:
+        """Give a claimed task back: the next claim gets it, with the progress saved. False: it was no longer ours.
+
+        has_failed: the task could not be run, which counts as a delivery; else the holder merely chose to stop.
+        """
+        return bool(await self._run("release", [self._tasks, self._scanned], consumer, entry_id, int(has_failed)))
+
+    async def save(self, consumer: str, entry_id: str, progress: Progress) -> bool:
+        """Keep a dialogue's progress for whoever claims it next, and renew the lease. False: it was no longer ours."""
+        return bool(await self._run("save", [self._tasks, self._progress], consumer, entry_id, encode(progress)))
 
     async def complete(self, entry_id: str, trajectory: Trajectory) -> bool:
         """Exchange a task for its trajectory in one step. False: its trajectory exists already, nothing was done.
 
         After a lost connection it may also say False for a trajectory that this very call stored.
         """
-        keys = [self._tasks, self._trajectories]
+        keys = [self._tasks, self._trajectories, self._progress]
         return bool(await self._run("complete", keys, entry_id, trajectory.batch, encode(trajectory)))
 
     async def bury(self, entry_id: str, task: Task, reason: str) -> bool:
         """Move a task that can never succeed to the dead letters. False: it was done or buried already."""
         log.warning("dead letter", extra={"task_id": task.task_id, "batch": task.batch, "reason": reason})
-        return bool(await self._run("bury", [self._tasks, self._dead, self._live], entry_id, reason))
+        keys = [self._tasks, self._dead, self._live, self._progress]
+        return bool(await self._run("bury", keys, entry_id, reason))
 
     # The learner takes
 

@@ -224,6 +224,9 @@ class RolloutSection(_Section):
     """CPU engine's OpenMP threads; 0: all cores."""
     grader_timeout_s: PositiveFloat = 60.0
     """How long a dialogue waits for the grader, retries included, before its task is released."""
+    drain_grace_s: NonNegativeFloat = 10.0
+    """After SIGTERM, how long dialogues in flight may still finish; then they are given back, and others go on from
+    their last attempt."""
     heartbeat_s: PositiveFloat = 1.0
     """Period of registry heartbeats; three missed ones expire the replica."""
     control_token: str = ""

@@ -1,4 +1,4 @@
-"""Task, Attempt and Trajectory: what crosses Redis, and how it is encoded.
+"""Task, Attempt, Progress and Trajectory: what crosses Redis, and how it is encoded.
 
 msgpack through msgspec, arrays as raw little-endian bytes, a schema version first in every message.
 Nothing here is ever pickled. HTTP bodies are pydantic models and live with their service.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 
-_M = TypeVar("_M", "Task", "Trajectory")
+_M = TypeVar("_M", "Task", "Trajectory", "Progress")
 
 
 class WireError(ValueError):
@@ -119,6 +119,26 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return bool(self.attempts) and self.attempts[-1].verdict is Verdict.CORRECT
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A dialogue between two attempts, as another replica goes on with it. L = number of tokens.
+
+    Ends with what the model was told after its last attempt: the next token is sampled.
+    """
+
+    task_id: int
+    token_ids: NDArray[np.int32]  # [L]
+    logprobs: NDArray[np.float32]  # [L] behaviour log-probability, NaN outside the attempts
+    versions: tuple[VersionSpan, ...]  # cover exactly the attempts' tokens, in order
+    attempts: tuple[Attempt, ...]  # at least one
+    timings: Timings  # so far
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The oldest weights that produced a token so far; None while there is no such token."""
+        return min((span.version for span in self.versions), default=None)
+
+
 _ARRAY_DTYPES = ("<i4", "|b1", "<f4")  # the only dtypes that may cross the wire
 
 
@@ -141,6 +161,7 @@ def _dec_hook(expected: type, value: object) -> object:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_enc_hook)
 _task_decoder = msgspec.msgpack.Decoder(Task)
+_progress_decoder = msgspec.msgpack.Decoder(Progress, dec_hook=_dec_hook)
 _trajectory_decoder = msgspec.msgpack.Decoder(Trajectory, dec_hook=_dec_hook)
 
 
@@ -151,8 +172,8 @@ class _Header(msgspec.Struct):
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 
 
-def encode(message: Task | Trajectory) -> bytes:
-    """Encode a task or a trajectory. Raises WireError for an array dtype that may not travel."""
+def encode(message: Task | Trajectory | Progress) -> bytes:
+    """Encode a task, a trajectory or a dialogue's progress. Raises WireError for an array dtype that may not travel."""
     return _encoder.encode(message)
 
 
@@ -173,6 +194,20 @@ def decode_trajectory(data: bytes) -> Trajectory:
     if not spans_cover_actions(trajectory.versions, trajectory.action_mask):
         raise WireError(f"trajectory {trajectory.task_id}: version spans do not cover the action tokens")
     return trajectory
+
+
+def decode_progress(data: bytes) -> Progress:
+    """Decode a dialogue's progress and check its shape invariants. Raises WireError."""
+    progress = _decode(_progress_decoder, data)
+    dtypes = (progress.token_ids.dtype, progress.logprobs.dtype)
+    if dtypes != (np.dtype("<i4"), np.dtype("<f4")) or len(progress.token_ids) != len(progress.logprobs):
+        raise WireError(f"progress of task {progress.task_id}: wrong arrays")
+    sampled = np.zeros(len(progress.token_ids), dtype=bool)
+    for attempt in progress.attempts:
+        sampled[attempt.start : attempt.end] = True
+    if not progress.attempts or not spans_cover_actions(progress.versions, sampled):
+        raise WireError(f"progress of task {progress.task_id}: version spans do not cover the attempts")
+    return progress
 
 
 def spans_cover_actions(spans: Sequence[VersionSpan], action_mask: NDArray[np.bool_]) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.contracts.settings import DialogueSection
 from services.contracts.wire import (
     Attempt,
     FinishReason,
+    Progress,
     Task,
     Timings,
     Trajectory,
@@ -100,13 +102,31 @@ class Dialogue:
         else:
             self.token_ids += token_ids
 
+    def progress(self, timings: Timings) -> Progress:
+        """All that another replica needs to go on from here: before the first token of an attempt, not the first."""
+        assert self.attempts and self.finish_reason is None
+        return Progress(
+            task_id=self.task.task_id,
+            token_ids=np.asarray(self.token_ids, dtype=np.int32),
+            logprobs=self._logprob_array(),
+            versions=tuple(self._spans),
+            attempts=tuple(self.attempts),
+            timings=timings,
+        )
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where another replica stopped. What was sampled stays as it is, log-probabilities and versions too."""
+        self.token_ids = progress.token_ids.tolist()
+        self.attempts = list(progress.attempts)
+        self._spans = list(progress.versions)
+        positions = [i for attempt in self.attempts for i in range(attempt.start, attempt.end)]
+        self._logprobs = dict(zip(positions, progress.logprobs[positions].tolist(), strict=True))
+        self._num_sampled = len(positions)
+
     def trajectory(self, *, replica_id: str, timings: Timings) -> Trajectory:
         """The finished dialogue, as the learner trains on it."""
         assert self.finish_reason is not None, "the dialogue is not over"
-        length = len(self.token_ids)
-        logprobs = np.full(length, np.nan, dtype=np.float32)
-        logprobs[list(self._logprobs)] = list(self._logprobs.values())
-        action_mask = np.zeros(length, dtype=bool)
+        action_mask = np.zeros(len(self.token_ids), dtype=bool)
         action_mask[list(self._logprobs)] = True
         assert spans_cover_actions(self._spans, action_mask), "version spans do not cover the sampled tokens"
         return Trajectory(
@@ -114,7 +134,7 @@ class Dialogue:
             batch=self.task.batch,
             token_ids=np.asarray(self.token_ids, dtype=np.int32),
             action_mask=action_mask,
-            logprobs=logprobs,
+            logprobs=self._logprob_array(),
             versions=tuple(self._spans),
             attempts=tuple(self.attempts),
             max_attempts=self.task.max_attempts,
@@ -123,3 +143,9 @@ class Dialogue:
             replica_id=replica_id,
             timings=timings,
         )
+
+    def _logprob_array(self) -> NDArray[np.float32]:
+        """[L], NaN where nothing was sampled."""
+        logprobs = np.full(len(self.token_ids), np.nan, dtype=np.float32)
+        logprobs[list(self._logprobs)] = list(self._logprobs.values())
+        return logprobs

@@ -82,8 +82,8 @@ class ReplicaProcess:
         return self.trouble
 
     def drain(self) -> None:
-        """Finish what is in flight, then end."""
-        self.worker.drain()
+        """Claim nothing more, finish what is in flight or give it back when the grace period is over, then end."""
+        self.worker.drain(self.config.rollout.drain_grace_s)
 
     async def _work(self) -> None:
         """Until drained: first the ledger's dialogues, then those asked for over HTTP, which begin no more."""
@@ -106,6 +106,7 @@ class ReplicaProcess:
             version=lambda: self.engine.version,
             max_in_flight=self.config.rollout.max_in_flight,
             lease_s=self.config.redis.lease_s,
+            grader_timeout_s=self.config.rollout.grader_timeout_s,
         )
 
     async def _beat(self, registry: Registry) -> None:

@@ -4,13 +4,13 @@ Which dialogues run, and how many at once, is `worker`'s business; the state is 
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, feedback_ids, prompt_ids
-from services.contracts.wire import Sampling, Task, Timings, Trajectory, Verdict
+from services.contracts.wire import Progress, Sampling, Task, Timings, Trajectory, Verdict
 from services.grader.client import Grade
 from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
@@ -25,6 +25,10 @@ class GenerationAborted(RuntimeError):
     """The engine ended a request that nobody asked it to end (update_mode = "abort"); the task must be run again."""
 
 
+class EngineDead(RuntimeError):
+    """The engine is gone for good: no dialogue of this replica can go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What the engine sampled since the last delta."""
@@ -37,7 +41,7 @@ class Generation(Protocol):
     """One request under way. Iterate it, then `end` it."""
 
     def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas as they are sampled; sampled stop tokens are delivered too. Raises GenerationAborted."""
+        """Deltas as they are sampled; sampled stop tokens are delivered too. Raises GenerationAborted, EngineDead."""
 
     async def end(self) -> Sequence[tuple[int, int, int]]:
         """End the request if it has not ended by itself; (version, start, end) over all its tokens."""
@@ -73,17 +77,27 @@ class DialogueRunner:
         self._text = TokenText(tokenizer)
         self.num_running = 0  # dialogues under way, whoever asked for them
 
-    async def run(self, task: Task) -> Trajectory:
-        """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors."""
+    async def run(
+        self, task: Task, *, resume: Progress | None = None, on_progress: Callable[[Progress], None] = lambda _: None
+    ) -> Trajectory:
+        """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors.
+
+        resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
+        attempt that is followed by another.
+        """
         self.num_running += 1
         try:
-            return await self._run(task)
+            return await self._run(task, resume, on_progress)
         finally:
             self.num_running -= 1
 
-    async def _run(self, task: Task) -> Trajectory:
+    async def _run(self, task: Task, resume: Progress | None, on_progress: Callable[[Progress], None]) -> Trajectory:
         started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
         dialogue = self._open(task)
+        if resume is not None and not _is_stale(resume, task):
+            dialogue.resume(resume)
+            generate_s, grade_s = resume.timings.generate_s, resume.timings.grade_s
+            started -= resume.timings.total_s
         while dialogue.finish_reason is None:
             asked = time.monotonic()
             sampled, text = await self._sample(dialogue)
@@ -95,6 +109,9 @@ class DialogueRunner:
             dialogue.add_attempt(sampled, verdict=grade.verdict, extracted=grade.extracted, grading_ms=grade.elapsed_ms)
             if dialogue.finish_reason is None:
                 dialogue.add_feedback(self._feedback(dialogue, grade.verdict, closed=sampled.closed_turn))
+            if dialogue.finish_reason is None:
+                so_far = Timings(generate_s=generate_s, grade_s=grade_s, total_s=time.monotonic() - started)
+                on_progress(dialogue.progress(so_far))
         timings = Timings(generate_s=generate_s, grade_s=grade_s, total_s=time.monotonic() - started)
         return dialogue.trajectory(replica_id=self._replica_id, timings=timings)
 
@@ -147,3 +164,8 @@ class DialogueRunner:
         spans = [(v, start, min(end, kept)) for v, start, end in await generation.end() if start < kept]
         sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
         return sampled, self._text.decode(token_ids)
+
+
+def _is_stale(progress: Progress, task: Task) -> bool:
+    """Whether the learner would refuse what comes of it: the rule of a claim, for tokens that were sampled before."""
+    return progress.oldest_version is not None and progress.oldest_version < task.min_version

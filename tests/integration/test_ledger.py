@@ -9,7 +9,18 @@ from redis.asyncio import Redis
 from services.contracts.ledger import Claim, Depth, Ledger
 from services.contracts.store import connect
 from services.contracts.valkey import EmbeddedValkey
-from services.contracts.wire import Attempt, FinishReason, Task, Timings, Trajectory, Verdict, VersionSpan, WireError
+from services.contracts.wire import (
+    Attempt,
+    FinishReason,
+    Progress,
+    Task,
+    Timings,
+    Trajectory,
+    Verdict,
+    VersionSpan,
+    WireError,
+    encode,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +56,31 @@ def trajectory(of: Task, *, replica_id: str = "a") -> Trajectory:
         replica_id=replica_id,
         timings=Timings(generate_s=0.1, grade_s=0.1, total_s=0.2),
     )
+
+
+def progress(task_id: int, *, attempts: int = 1) -> Progress:
+    """A prompt token, then attempts of two tokens with a token of feedback after each."""
+    length = 1 + 3 * attempts
+    token_ids = np.arange(10, 10 + length, dtype=np.int32)
+    logprobs = -token_ids.astype(np.float32) / 3
+    logprobs[::3] = np.nan
+    spans = [(1 + 3 * i, 3 + 3 * i) for i in range(attempts)]
+    return Progress(
+        task_id=task_id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        versions=tuple(VersionSpan(i, start, end) for i, (start, end) in enumerate(spans)),
+        attempts=tuple(
+            Attempt(start=start, end=end, extracted="3", verdict=Verdict.INCORRECT, grading_ms=1.0)
+            for start, end in spans
+        ),
+        timings=Timings(generate_s=0.1, grade_s=0.1, total_s=0.2),
+    )
+
+
+def same(a: Progress | None, b: Progress) -> bool:
+    """Byte for byte."""
+    return a is not None and encode(a) == encode(b)
 
 
 def make_ledger(redis: Redis) -> Ledger:
@@ -150,7 +186,7 @@ async def test_renewing_is_no_delivery(ledger: Ledger) -> None:
     await ledger.claim("a", 0, 1)
     for _ in range(5):
         await ledger.renew("a", ["1-0"])
-    await ledger.release("a", "1-0")
+    await ledger.release("a", "1-0", has_failed=True)
     assert [claim.deliveries for claim in await ledger.claim("b", 0, 1)] == [2]
 
 
@@ -166,10 +202,20 @@ async def test_claims_right_after_one_another_find_all_expired_leases(ledger: Le
 async def test_a_released_task_goes_to_the_next_claimer_at_once(ledger: Ledger) -> None:
     await issue(ledger, 2)
     await ledger.claim("a", 0, 1)
-    assert await ledger.release("a", "1-0")
-    assert not await ledger.release("b", "1-0")  # only its holder may release
+    assert not await ledger.release("b", "1-0", has_failed=False)  # only its holder may release
+    assert await ledger.release("a", "1-0", has_failed=False)
+    assert not await ledger.release("a", "1-0", has_failed=False)
+    assert await ledger.renew("a", ["1-0"]) == []  # a heartbeat on its way does not take it back
     assert ids(await ledger.claim("b", 0, 1)) == [0]
-    assert not await ledger.release("a", "1-0")
+    assert not await ledger.release("a", "1-0", has_failed=False)
+
+
+async def test_what_its_holder_chose_to_give_back_does_not_count_as_a_delivery(ledger: Ledger) -> None:
+    await issue(ledger, 1)
+    for _ in range(2 * MAX_DELIVERIES):
+        assert [claim.deliveries for claim in await ledger.claim("a", 0, 1)] == [1]
+        await ledger.release("a", "1-0", has_failed=False)
+    assert (await ledger.depth()).dead == 0
 
 
 async def test_old_weights_get_no_task_that_is_too_new_for_them(ledger: Ledger) -> None:
@@ -184,7 +230,7 @@ async def test_a_task_claimed_too_often_is_a_dead_letter_and_its_batch_lacks_it(
     for _ in range(MAX_DELIVERIES):
         claimed = await ledger.claim("a", 0, 1)
         assert ids(claimed) == [0]
-        await ledger.release("a", claimed[0].entry_id)
+        await ledger.release("a", claimed[0].entry_id, has_failed=True)
     assert ids(await ledger.claim("a", 0, 2)) == [1]
     assert await ledger.dead_letters(10) == [(task(0, batch=1), "deliveries")]
     assert (await ledger.live(), await ledger.depth()) == ({1: 1}, Depth(0, 1, 0, 0, 1))
@@ -204,6 +250,71 @@ async def test_a_task_of_another_code_version_is_an_error_that_says_so(ledger: L
     await redis.xadd("ma:{test}:tasks", {"batch": 0, "task": b"\x81\xa6schema\x09"})
     with pytest.raises(WireError, match="schema 9"):
         await ledger.claim("a", 0, 1)
+
+
+# Progress
+
+
+async def test_a_claim_after_a_death_or_a_release_carries_the_last_saved_progress(ledger: Ledger) -> None:
+    await issue(ledger, 1)
+    assert [claim.progress for claim in await ledger.claim("a", 0, 1)] == [None]
+    assert await ledger.save("a", "1-0", progress(0))
+    assert await ledger.save("a", "1-0", progress(0, attempts=2))
+    await asyncio.sleep(EXPIRY_S)
+    (inherited,) = await ledger.claim("b", 0, 1)
+    assert same(inherited.progress, progress(0, attempts=2))
+    await ledger.release("b", "1-0", has_failed=False)
+    (again,) = await ledger.claim("c", 0, 1)
+    assert same(again.progress, progress(0, attempts=2))
+
+
+async def test_only_the_holder_of_the_lease_saves_progress(ledger: Ledger) -> None:
+    await issue(ledger, 1)
+    await ledger.claim("a", 0, 1)
+    assert not await ledger.save("b", "1-0", progress(0))
+    await asyncio.sleep(EXPIRY_S)
+    await ledger.claim("b", 0, 1)
+    assert not await ledger.save("a", "1-0", progress(0))
+    assert await ledger.save("b", "1-0", progress(0))
+    await ledger.release("b", "1-0", has_failed=False)
+    assert not await ledger.save("b", "1-0", progress(0, attempts=2))
+
+
+async def test_saving_progress_renews_the_lease(ledger: Ledger) -> None:
+    await issue(ledger, 1)
+    await ledger.claim("a", 0, 1)
+    for _ in range(4):
+        await asyncio.sleep(EXPIRY_S / 2)
+        assert await ledger.save("a", "1-0", progress(0))
+        assert await ledger.claim("b", 0, 1) == []
+
+
+async def test_progress_goes_with_its_task(ledger: Ledger, redis: Redis) -> None:
+    await issue(ledger, 3)
+    for claim in await ledger.claim("a", 0, 3):
+        await ledger.save("a", claim.entry_id, progress(claim.task.task_id))
+    assert await redis.hlen("ma:{test}:progress") == 3
+    await ledger.complete("1-0", trajectory(task(0)))
+    await ledger.bury("2-0", task(1), "prompt too long")
+    for _ in range(MAX_DELIVERIES):
+        await ledger.release("a", "3-0", has_failed=True)
+        await ledger.claim("a", 0, 1)
+    assert (await ledger.depth()).dead == 2
+    assert await redis.hkeys("ma:{test}:progress") == []
+    assert not await ledger.save("a", "1-0", progress(0))  # on its way when the task was completed
+
+
+async def test_deliveries_that_led_to_an_attempt_are_no_failures(ledger: Ledger) -> None:
+    await issue(ledger, 1)
+    for attempts in range(1, 2 * MAX_DELIVERIES):
+        assert ids(await ledger.claim("a", 0, 1)) == [0]
+        await ledger.save("a", "1-0", progress(0, attempts=attempts))
+        await ledger.release("a", "1-0", has_failed=True)
+    for _ in range(MAX_DELIVERIES):
+        assert (await ledger.depth()).dead == 0
+        await ledger.claim("a", 0, 1)
+        await ledger.release("a", "1-0", has_failed=True)
+    assert (await ledger.depth()).dead == 1
 
 
 # Completing

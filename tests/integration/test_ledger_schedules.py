@@ -112,7 +112,7 @@ async def handle(ledger: Ledger, name: str, claim: Claim, tally: Tally, chance: 
     if claim.task.task_id == 0 or fate < 0.1:
         return  # it died with the task in hand; task 0 kills every replica
     if fate < 0.2:
-        await ledger.release(name, claim.entry_id)
+        await ledger.release(name, claim.entry_id, has_failed=chance.random() < 0.5)
         return
     if fate < 0.25:
         await ledger.bury(claim.entry_id, claim.task, "prompt too long")

@@ -4,6 +4,7 @@
 local ROLLOUT = 'rollout' -- consumer group of `tasks`
 local LEARNER = 'learner' -- consumer group of `trajectories`
 local DEAD_LIMIT = 10000 -- dead letters kept, about
+local RELEASED_MS = 2147483647 -- idle time of a task that was given back: older than any lease
 
 local function batch_of(entry)
   return entry[2][2]
@@ -25,19 +26,21 @@ local function leave_batch(live, batch)
 end
 
 -- Move a task's entry to the dead letters. Does nothing, and returns 0, when the entry is gone.
-local function bury(tasks, dead, live, id, reason)
+local function bury(tasks, dead, live, progress, id, reason)
   local entry = redis.call('XRANGE', tasks, id, id)[1]
   if not entry then
     return 0
   end
   redis.call('XACK', tasks, ROLLOUT, id)
   redis.call('XDEL', tasks, id)
+  redis.call('HDEL', progress, id)
   redis.call('XADD', dead, 'MAXLEN', '~', DEAD_LIMIT, '*', 'reason', reason, 'task', payload_of(entry))
   leave_batch(live, batch_of(entry))
   return 1
 end
 
--- Whether `consumer` holds the lease of this entry.
-local function is_owner(tasks, id, consumer)
-  return #redis.call('XPENDING', tasks, ROLLOUT, id, id, 1, consumer) == 1
+-- How often the entry was delivered, if `consumer` holds its lease; else nil. What it gave back it no longer holds.
+local function deliveries_to(consumer, tasks, id)
+  local pending = redis.call('XPENDING', tasks, ROLLOUT, id, id, 1, consumer)[1]
+  return pending and pending[3] < RELEASED_MS and pending[4] or nil
 end

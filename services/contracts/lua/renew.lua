@@ -2,7 +2,7 @@
 -- Returns the ids that are still its own. Safe to repeat: it sets the idle time to 0.
 local ours = {}
 for i = 2, #ARGV do
-  if is_owner(KEYS[1], ARGV[i], ARGV[1]) then
+  if deliveries_to(ARGV[1], KEYS[1], ARGV[i]) then
     redis.call('XCLAIM', KEYS[1], ROLLOUT, ARGV[1], 0, ARGV[i], 'JUSTID') -- JUSTID: not counted as a delivery
     table.insert(ours, ARGV[i])
   end

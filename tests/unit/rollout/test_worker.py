@@ -10,38 +10,48 @@ from services.contracts.settings import DialogueSection
 from services.contracts.wire import Timings, Verdict
 from services.grader.client import GraderUnavailableError
 from services.rollout.dialogue import Dialogue, Sampled
-from services.rollout.runner import GenerationAborted, UnrunnableTask
-from services.rollout.worker import Worker
+from services.rollout.runner import EngineDead, GenerationAborted, UnrunnableTask
+from services.rollout.worker import MAX_FAILURES, Worker
 
 DEADLINE_S = 5.0
+ATTEMPT = Sampled([5], [-1.0], [(0, 0, 1)], closed_turn=False, hit_length=False)
+NO_TIME = Timings(generate_s=0, grade_s=0, total_s=0)
 FAILURES = {
     "grader": GraderUnavailableError,
     "aborted": GenerationAborted,
     "unrunnable": UnrunnableTask,
-    "bug": KeyError,
+    "failure": KeyError,
+    "dead engine": EngineDead,
 }
+ONCE = ("grader", "aborted", "failure")
 
 
 class ScriptedRunner:
-    """Runs tasks as their problem says: "ok", "hang", or the name of what goes wrong, once."""
+    """Runs tasks as their problem says: "ok", "hang", "progress" (then hang), or the name of what goes wrong."""
 
     def __init__(self) -> None:
         self.started: list[int] = []
         self.cancelled: list[int] = []
+        self.resumed: list[int] = []  # number of attempts that a run began with
         self.running = self.most_running = 0
         self.go_on = asyncio.Event()
 
-    async def run(self, task):
+    async def run(self, task, *, resume, on_progress):
         self.started.append(task.task_id)
+        self.resumed.append(len(resume.attempts) if resume else 0)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
             await asyncio.sleep(0.001)
-            if task.problem == "hang":
+            if task.problem == "progress":
+                for attempts in (1, 2):
+                    on_progress(progress_of(task, attempts))
+            if task.problem in ("hang", "progress"):
                 await self.go_on.wait()
             is_first = self.started.count(task.task_id) == 1
-            if task.problem in FAILURES and (is_first or task.problem == "unrunnable"):
-                raise FAILURES[task.problem]("by the script")
+            problem = task.problem.removesuffix(" for ever")
+            if problem in FAILURES and (is_first or task.problem not in ONCE):
+                raise FAILURES[problem]("by the script")
             return trajectory_of(task)
         except asyncio.CancelledError:
             self.cancelled.append(task.task_id)
@@ -50,15 +60,30 @@ class ScriptedRunner:
             self.running -= 1
 
 
+def progress_of(task, attempts):
+    dialogue = Dialogue(task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2])
+    for _ in range(attempts):
+        dialogue.add_attempt(ATTEMPT, verdict=Verdict.INCORRECT, extracted="3", grading_ms=1.0)
+        dialogue.add_feedback([7])
+    return dialogue.progress(NO_TIME)
+
+
 def trajectory_of(task):
     dialogue = Dialogue(task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2])
-    attempt = Sampled([5], [-1.0], [(0, 0, 1)], closed_turn=False, hit_length=False)
-    dialogue.add_attempt(attempt, verdict=Verdict.CORRECT, extracted="2", grading_ms=1.0)
-    return dialogue.trajectory(replica_id="r", timings=Timings(generate_s=0, grade_s=0, total_s=0))
+    dialogue.add_attempt(ATTEMPT, verdict=Verdict.CORRECT, extracted="2", grading_ms=1.0)
+    return dialogue.trajectory(replica_id="r", timings=NO_TIME)
 
 
 def make_worker(ledger, runner, *, max_in_flight=4, lease_s=60.0, version=0):
-    return Worker(ledger, runner, replica_id="r", version=lambda: version, max_in_flight=max_in_flight, lease_s=lease_s)
+    return Worker(
+        ledger,
+        runner,
+        replica_id="r",
+        version=lambda: version,
+        max_in_flight=max_in_flight,
+        lease_s=lease_s,
+        grader_timeout_s=10.0,
+    )
 
 
 async def until(condition):
@@ -152,7 +177,7 @@ async def test_draining_finishes_what_is_in_flight_and_claims_nothing():
     worker = make_worker(ledger, runner)
     async with working(worker) as loop:
         await until(lambda: runner.started)
-        worker.drain()
+        worker.drain(DEADLINE_S)
         ledger.waiting += MemoryLedger(make_task(1, problem="ok")).waiting
         runner.go_on.set()
         await asyncio.wait_for(loop, DEADLINE_S)
@@ -160,10 +185,87 @@ async def test_draining_finishes_what_is_in_flight_and_claims_nothing():
     assert len(ledger.waiting) == 1
 
 
-async def test_a_bug_ends_the_worker_and_the_dialogues_beside_it():
-    ledger = MemoryLedger(make_task(problem="hang"), make_task(1, problem="bug"))
-    runner = ScriptedRunner()
+async def test_what_is_not_done_when_the_grace_period_ends_is_given_back_with_its_progress():
+    ledger, runner = MemoryLedger(make_task(problem="progress"), make_task(1, problem="hang")), ScriptedRunner()
+    worker = make_worker(ledger, runner)
+    async with working(worker) as loop:
+        await until(lambda: ledger.saved)
+        worker.drain(0.05)
+        await asyncio.wait_for(loop, DEADLINE_S)
+    assert sorted(runner.cancelled) == [0, 1]
+    assert [len(p.attempts) for p in ledger.saved["1-0"]][-1] == 2
+    assert sorted((c.task.task_id, c.progress is not None) for c in ledger.waiting) == [(0, True), (1, False)]
+    assert (ledger.num_released, ledger.num_failed) == (2, 0)
+
+
+async def test_a_dialogue_goes_on_from_what_another_replica_saved():
+    ledger, first, second = MemoryLedger(make_task(problem="progress")), ScriptedRunner(), ScriptedRunner()
+    async with working(make_worker(ledger, first)):
+        await until(lambda: ledger.saved)
+    second.go_on.set()
+    async with working(make_worker(ledger, second)):
+        await until(lambda: ledger.completed)
+    assert (first.resumed, second.resumed) == ([0], [2])
+
+
+async def test_saving_is_slower_than_attempts_and_holds_up_none_of_them():
+    ledger, runner = SlowLedger(make_task(problem="progress")), ScriptedRunner()
+    runner.go_on.set()
+    async with working(make_worker(ledger, runner)):
+        await until(lambda: ledger.completed)
+    assert [len(progress.attempts) for progress in ledger.saved["1-0"]] == [2]  # the first was overtaken
+
+
+class SlowLedger(MemoryLedger):
+    """Saves take a while."""
+
+    async def save(self, consumer, entry_id, progress):
+        await asyncio.sleep(0.02)
+        return await super().save(consumer, entry_id, progress)
+
+
+async def test_a_dialogue_that_fails_is_given_back_as_failed_and_the_others_go_on():
+    ledger = MemoryLedger(make_task(problem="failure"), make_task(1, problem="ok"))
+    async with working(make_worker(ledger, ScriptedRunner())):
+        await until(lambda: len(ledger.completed) == 2)
+    assert (ledger.num_released, ledger.num_failed) == (1, 1)
+
+
+async def test_one_task_that_always_fails_does_not_end_the_worker():
+    ledger, runner = MemoryLedger(make_task(problem="failure for ever")), ScriptedRunner()
+    async with working(make_worker(ledger, runner)):
+        await until(lambda: runner.started.count(0) > 2 * MAX_FAILURES)
+    assert ledger.num_failed > MAX_FAILURES
+
+
+async def test_one_failure_after_another_ends_the_worker_and_the_others_are_given_back():
+    bad = [make_task(i, problem="failure for ever") for i in range(1, 1 + MAX_FAILURES)]
+    ledger, runner = MemoryLedger(make_task(problem="hang"), *bad), ScriptedRunner()
     with pytest.raises(KeyError):
-        await asyncio.wait_for(make_worker(ledger, runner).run(), DEADLINE_S)
+        await asyncio.wait_for(make_worker(ledger, runner, max_in_flight=9).run(), DEADLINE_S)
     assert runner.cancelled == [0]
-    assert ledger.completed == []
+    assert ledger.num_failed == ledger.num_released - 1 == MAX_FAILURES
+    assert not ledger.leased
+
+
+async def test_a_dead_engine_ends_the_worker_and_counts_for_all_dialogues_in_flight():
+    ledger, runner = MemoryLedger(make_task(problem="hang"), make_task(1, problem="dead engine")), ScriptedRunner()
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(make_worker(ledger, runner).run(), DEADLINE_S)
+    assert (ledger.num_failed, ledger.leased) == (2, {})
+
+
+async def test_a_grader_that_judged_others_meanwhile_makes_it_the_tasks_own_failure():
+    ledger, runner = MemoryLedger(make_task(problem="ok")), ScriptedRunner()
+    async with working(make_worker(ledger, runner)):
+        await until(lambda: ledger.completed)
+        ledger.waiting += MemoryLedger(make_task(1, problem="grader")).waiting
+        await until(lambda: len(ledger.completed) == 2)
+    assert ledger.num_failed == 1
+
+
+async def test_a_grader_that_is_away_is_no_failure_of_the_task():
+    ledger, runner = MemoryLedger(make_task(problem="grader")), ScriptedRunner()
+    async with working(make_worker(ledger, runner)):
+        await until(lambda: ledger.num_released == 1)
+    assert ledger.num_failed == 0
