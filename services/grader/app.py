@@ -16,11 +16,12 @@ from fastapi_offline import FastAPIOffline
 
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
-from services.grader.guards import Bearer, BodyLimit, SecurityHeaders
+from services.contracts.web import BodyLimit
+from services.grader.guards import Bearer, SecurityHeaders
 from services.grader.judge import Judge, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
 from services.grader.pool import Pool
-from services.grader.problems import RESPONSES, UNAUTHORIZED, add_problems
+from services.grader.problems import MAX_BODY_BYTES, RESPONSES, UNAUTHORIZED, add_problems
 from services.grader.protocol import BatchRequest, BatchResult, ExplainResult, GradeRequest, GradeResult
 from services.grader.trainers import trainer_routes
 
@@ -62,7 +63,7 @@ def create_app(config: GraderSection, *, api_key: str | None = None) -> FastAPI:
     )
     app.state.pool = pool
     add_problems(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     protection: dict[str, Any] = {}
     if api_key:
         app.add_middleware(Bearer, api_key=api_key)

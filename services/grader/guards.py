@@ -1,13 +1,11 @@
-"""What stands before every route, as ASGI middleware: the bearer token, the limit on bodies, security headers."""
+"""What stands before every route, as ASGI middleware: the bearer token, security headers."""
 
-import hmac
 from collections.abc import Mapping
 
-from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.grader.problems import MAX_BODY_BYTES, problem
+from services.contracts.web import is_bearer, problem
 
 LOCKED_DOWN = "default-src 'none'; frame-ancestors 'none'"  # Content-Security-Policy of what is no page
 
@@ -17,7 +15,7 @@ class Bearer:
 
     def __init__(self, app: ASGIApp, *, api_key: str) -> None:
         self._app = app
-        self._api_key = api_key.encode()
+        self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass the request on."""
@@ -32,37 +30,7 @@ class Bearer:
         await self._app(scope, receive, send)
 
     def _is_authorized(self, scope: Scope) -> bool:
-        scheme, _, token = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return hmac.compare_digest(token.strip(), self._api_key) and scheme.lower() == b"bearer"
-
-
-class BodyLimit:
-    """Refuse bodies over MAX_BODY_BYTES before they are in memory: Starlette reads all of one first."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 413, at once where the length is declared and else once too much has come, or pass the request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        too_large = f"the body may have {MAX_BODY_BYTES} bytes"
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
-            await problem(413, too_large)(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, too_large)
-            return message
-
-        await self._app(scope, counted, send)
+        return is_bearer(dict(scope["headers"]).get(b"authorization", b""), self._api_key)
 
 
 class SecurityHeaders:
