@@ -13,6 +13,7 @@ from services.contracts.wire import (
     SCHEMA_VERSION,
     Attempt,
     FinishReason,
+    Progress,
     Sampling,
     Task,
     Timings,
@@ -20,6 +21,7 @@ from services.contracts.wire import (
     Verdict,
     VersionSpan,
     WireError,
+    decode_progress,
     decode_task,
     decode_trajectory,
     encode,
@@ -235,3 +237,37 @@ def test_a_trajectory_knows_its_oldest_weights_and_whether_it_was_solved() -> No
     wrong = Attempt(start=1, end=3, extracted="3", verdict=Verdict.INCORRECT, grading_ms=1.0)
     assert not sample(attempts=(wrong,)).is_solved
     assert not sample(attempts=()).is_solved
+
+
+def progress(**changed) -> Progress:
+    fields = {
+        "task_id": 3,
+        "token_ids": np.array([1, 2, 3, 9], dtype=np.int32),
+        "logprobs": np.array([np.nan, -0.5, -1.5, np.nan], dtype=np.float32),
+        "versions": (VersionSpan(4, 1, 2), VersionSpan(5, 2, 3)),
+        "attempts": (Attempt(start=1, end=3, extracted=None, verdict=Verdict.NO_ANSWER, grading_ms=1.0),),
+        "timings": Timings(generate_s=1.0, grade_s=1.0, total_s=2.0),
+    }
+    return Progress(**(fields | changed))
+
+
+def test_progress_comes_back_byte_for_byte():
+    back = decode_progress(encode(progress()))
+    assert encode(back) == encode(progress())
+    assert back.oldest_version == 4
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logprobs": np.zeros(3, dtype=np.float32)},
+        {"logprobs": np.zeros(4, dtype=np.int32)},
+        {"versions": (VersionSpan(4, 1, 2),)},
+        {"attempts": ()},
+        {"schema": SCHEMA_VERSION + 1},
+    ],
+    ids=["length", "dtype", "spans", "attempts", "schema"],
+)
+def test_progress_that_does_not_fit_together_is_refused(changed):
+    with pytest.raises(WireError):
+        decode_progress(encode(progress(**changed)))

@@ -1,11 +1,12 @@
 """One dialogue with a scripted engine and grader: where attempts end, what is trained, what is graded."""
 
+import msgspec
 import pytest
 from fakes import ABORTED, FakeEngine, FakeGrader, make_task
 
 from services.contracts.config import load
 from services.contracts.template import end_of_turn_ids
-from services.contracts.wire import FinishReason, Verdict, spans_cover_actions
+from services.contracts.wire import FinishReason, Verdict, decode_progress, encode, spans_cover_actions
 from services.grader.client import GraderUnavailableError
 from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.runner import DialogueRunner, GenerationAborted, UnrunnableTask
@@ -124,3 +125,42 @@ async def test_an_attempt_that_somebody_else_ended_is_not_judged(make_runner):
     with pytest.raises(GenerationAborted):
         await make_runner(FakeEngine([ABORTED]), grader).run(make_task())
     assert grader.responses == []
+
+
+@pytest.mark.parametrize("done", [1, 2])
+async def test_a_resumed_dialogue_is_the_one_that_was_never_interrupted(make_runner, ids, done):
+    script = [ids("\\boxed{3}"), [*ids("none"), *ids("<|im_end|>")], ids("so \\boxed{2}")]
+    verdicts, saved = [WRONG, NO_ANSWER, CORRECT], []
+    whole = await make_runner(FakeEngine(script, swap_at=1), FakeGrader(*verdicts)).run(
+        make_task(), on_progress=saved.append
+    )
+    assert [len(progress.attempts) for progress in saved] == [1, 2]
+    engine = FakeEngine(script[done:], swap_at=1)
+    progress = decode_progress(encode(saved[done - 1]))
+    resumed = await make_runner(engine, FakeGrader(*verdicts[done:])).run(make_task(), resume=progress)
+    assert resumed.token_ids.tobytes() == whole.token_ids.tobytes()
+    assert resumed.logprobs.tobytes() == whole.logprobs.tobytes()
+    assert resumed.action_mask.tobytes() == whole.action_mask.tobytes()
+    assert (resumed.versions, resumed.attempts) == (whole.versions, whole.attempts)
+    assert (resumed.reward, resumed.finish_reason) == (whole.reward, whole.finish_reason)
+    assert engine.seeds == [7 + attempt for attempt in range(done, 3)]
+    assert resumed.timings.total_s >= progress.timings.total_s
+
+
+async def test_progress_of_weights_that_are_too_old_for_the_task_is_not_gone_on_with(make_runner, ids):
+    script, saved = [ids("\\boxed{3}"), ids("\\boxed{2}")], []
+    await make_runner(FakeEngine(script, swap_at=2), FakeGrader(WRONG, CORRECT)).run(
+        make_task(), on_progress=saved.append
+    )
+    assert {span.version for span in saved[0].versions} == {0, 1}  # the oldest decides
+    engine = FakeEngine(script)
+    newer = msgspec.structs.replace(make_task(), min_version=1)
+    await make_runner(engine, FakeGrader(WRONG, CORRECT)).run(newer, resume=saved[0])
+    assert len(engine.prompts) == 2
+
+
+async def test_a_dialogue_that_ends_leaves_no_progress(make_runner, ids):
+    saved = []
+    engine = FakeEngine([ids("\\boxed{3}")] * 2)
+    await make_runner(engine, FakeGrader(WRONG, WRONG)).run(make_task(attempts=2), on_progress=saved.append)
+    assert len(saved) == 1
