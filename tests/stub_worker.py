@@ -54,7 +54,7 @@ def chatter() -> None:
 
 ACTIONS: dict[str, Callable[..., object]] = {
     "sleep": time.sleep, "spin": spin, "block": block, "grow": grow, "bug": fail, "raise": run_out, "print": chatter,
-    "exit": lambda: os._exit(3),
+    "exit": lambda *_: os._exit(3),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ MAX_WAIT_S = 100.0  # in the queue; below the 120 s after which the trainers we 
 BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 10.0)  # between attempts to start a worker
 WORKER_MODULE = "services.grader.worker_process"
 MAX_CRASHES = 2  # of one item: the first may be the doing of somebody outside
+MAX_CRASHES_IN_A_ROW = 16  # of any items: then it is not the items
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ class Pool:
         self._workers: set[Worker] = set()
         self._idle: deque[Worker] = deque()
         self._ready = 0
+        self._crashes_in_a_row = 0
         self._start_error: str | None = None
 
     async def start(self) -> None:
@@ -280,7 +282,11 @@ class Pool:
                 cause = await self._cause(worker, error)
                 self._lost(worker, cause)
                 job.crashes += cause == "crash"
-                if cause == "crash" and job.crashes < MAX_CRASHES:
+                self._crashes_in_a_row += cause == "crash"
+                if self._crashes_in_a_row > MAX_CRASHES_IN_A_ROW:
+                    job.request.refuse("the worker processes die on every item; the log of the grader says how")
+                    await asyncio.sleep(BACKOFF_S[0])
+                elif cause == "crash" and job.crashes < MAX_CRASHES:
                     self._queue.put_back(job)
                 else:
                     job.request.settle(job.index, Outcome(Verdict.TIMEOUT, None, self._timeout_s * 1000.0))
@@ -288,6 +294,7 @@ class Pool:
             except asyncio.CancelledError:
                 job.request.refuse("the grader is shutting down")
                 raise
+            self._crashes_in_a_row = 0
             job.request.settle(job.index, outcome)
         _RECYCLED.inc()
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.contracts.wire import Verdict
-from services.grader.pool import BatchTooLargeError, Item, Outcome, Pool, PoolBusyError
+from services.grader.pool import MAX_CRASHES_IN_A_ROW, BatchTooLargeError, Item, Outcome, Pool, PoolBusyError
 
 TIMEOUT_S = 0.6
 SLACK_S = 0.5  # within which an item past its deadline is answered, and its worker replaced
@@ -110,6 +110,14 @@ async def test_an_item_that_kills_its_worker_is_tried_twice_and_then_a_timeout(a
         outcomes = await pool.grade_all([item(answer), item("right")])
         assert [outcome.verdict for outcome in outcomes] == [Verdict.TIMEOUT, Verdict.CORRECT]
         assert lost("crash") == before + 2
+
+
+async def test_workers_that_die_on_every_item_are_no_verdict_on_the_items() -> None:
+    async with pool_of(worker_max_items=1_000) as pool:
+        outcomes = await asyncio.gather(*(pool.grade(item(f"exit {n}")) for n in range(20)), return_exceptions=True)
+        assert isinstance(outcomes[-1], PoolBusyError) and "die on every item" in str(outcomes[-1])
+        assert sum(isinstance(outcome, Outcome) for outcome in outcomes) <= MAX_CRASHES_IN_A_ROW
+        assert (await pool.grade(item("right"))).verdict is Verdict.CORRECT  # and it goes on as soon as one lives
 
 
 async def test_what_a_library_prints_does_not_come_between_the_frames() -> None:
