@@ -242,6 +242,7 @@ def test_sigterm_lets_requests_finish(tmp_path: Path) -> None:
         until(lambda: grader.metric("multiattempt_grader_queue_items") > 0)
         grader.process.send_signal(signal.SIGTERM)
         assert len(waiting.result(30).json()["results"]) == 5_000
+        assert grader.process.wait(15) == 0  # a second signal while the interpreter ends would be its exit code
 
 
 def test_every_answer_tells_browsers_what_it_may_do(grader_http: httpx.Client) -> None:
