@@ -46,6 +46,8 @@ class FakeEngine:
     swap_at: new weights arrive before this token of every request.
     """
 
+    version = 0
+
     def __init__(self, script: Sequence[Sequence[int] | str], *, chunk: int = 1, swap_at: int | None = None) -> None:
         self._script, self._chunk, self._swap_at = list(script), chunk, swap_at
         self.prompts: list[list[int]] = []

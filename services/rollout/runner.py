@@ -8,13 +8,29 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from prometheus_client import Counter, Histogram
+
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, feedback_ids, prompt_ids
 from services.contracts.wire import Progress, Sampling, Task, Timings, Trajectory, Verdict
 from services.grader.client import Grade
 from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
+from services.rollout.events import FedBack, Judged, Listener, Prompted, Said, nobody
 from services.rollout.text import PieceDecoder, TokenText
+
+TOKENS = Counter("multiattempt_rollout_tokens_sampled_total", "Tokens sampled in attempts, whoever asked for them")
+ATTEMPTS = Counter("multiattempt_rollout_attempts_total", "Attempts judged", ["verdict", "attempt"])
+FIRST_TOKEN_SECONDS = Histogram(
+    "multiattempt_rollout_first_token_seconds",
+    "From asking the engine for an attempt to its first token",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+GRADING_SECONDS = Histogram(
+    "multiattempt_rollout_grading_seconds",
+    "From asking for a verdict to having it, waiting and retries included",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
 
 
 class UnrunnableTask(ValueError):
@@ -50,6 +66,8 @@ class Generation(Protocol):
 class Engine(Protocol):
     """What a dialogue needs of the engine."""
 
+    version: int  # of the weights in use
+
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
     ) -> Generation:
@@ -75,45 +93,84 @@ class DialogueRunner:
         self._replica_id = replica_id
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
         self._text = TokenText(tokenizer)
-        self.num_running = 0  # dialogues under way, whoever asked for them
+        self._since: dict[object, int] = {}  # dialogues under way -> the oldest weights that they may hold tokens of
+
+    @property
+    def num_running(self) -> int:
+        """Dialogues under way, whoever asked for them."""
+        return len(self._since)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that a dialogue under way may hold tokens of; those in use when there is none."""
+        return min(self._since.values(), default=self._engine.version)
 
     async def run(
-        self, task: Task, *, resume: Progress | None = None, on_progress: Callable[[Progress], None] = lambda _: None
+        self,
+        task: Task,
+        *,
+        resume: Progress | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        listen: Listener = nobody,
+        grader: Grader | None = None,
     ) -> Trajectory:
         """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors.
 
         resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
-        attempt that is followed by another.
+        attempt that is followed by another. listen: told everything. grader: judges in place of the run's.
         """
-        self.num_running += 1
+        key = object()
+        self._since[key] = self._engine.version
         try:
-            return await self._run(task, resume, on_progress)
+            resume = None if resume is None or _is_stale(resume, task) else resume
+            if resume is not None and resume.oldest_version is not None:
+                self._since[key] = min(self._since[key], resume.oldest_version)
+            return await self._run(task, resume, on_progress, listen, grader or self._grader)
         finally:
-            self.num_running -= 1
+            del self._since[key]
 
-    async def _run(self, task: Task, resume: Progress | None, on_progress: Callable[[Progress], None]) -> Trajectory:
+    async def _run(
+        self,
+        task: Task,
+        resume: Progress | None,
+        on_progress: Callable[[Progress], None],
+        listen: Listener,
+        grader: Grader,
+    ) -> Trajectory:
         started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
         dialogue = self._open(task)
-        if resume is not None and not _is_stale(resume, task):
+        if resume is not None:
             dialogue.resume(resume)
             generate_s, grade_s = resume.timings.generate_s, resume.timings.grade_s
             started -= resume.timings.total_s
+        listen(Prompted(tuple(dialogue.token_ids)))
         while dialogue.finish_reason is None:
             asked = time.monotonic()
-            sampled, text = await self._sample(dialogue)
+            sampled, text = await self._sample(dialogue, listen)
             answered = time.monotonic()
-            grade = await self._grader.grade(text, task.gold)
-            generate_s, grade_s = generate_s + answered - asked, grade_s + time.monotonic() - answered
+            grade = await grader.grade(text, task.gold)
+            judged = time.monotonic()
+            generate_s, grade_s = generate_s + answered - asked, grade_s + judged - answered
             if grade.verdict is Verdict.UNPARSABLE_GOLD:
                 raise UnrunnableTask(f"the gold answer cannot be parsed: {task.gold!r}")
             dialogue.add_attempt(sampled, verdict=grade.verdict, extracted=grade.extracted, grading_ms=grade.elapsed_ms)
+            TOKENS.inc(len(sampled.token_ids))
+            ATTEMPTS.labels(grade.verdict.value, len(dialogue.attempts)).inc()
+            GRADING_SECONDS.observe(judged - answered)
+            listen(Judged(dialogue.attempts[-1], text))
             if dialogue.finish_reason is None:
-                dialogue.add_feedback(self._feedback(dialogue, grade.verdict, closed=sampled.closed_turn))
+                feedback = self._feedback(dialogue, grade.verdict, closed=sampled.closed_turn)
+                dialogue.add_feedback(feedback)
             if dialogue.finish_reason is None:
+                listen(FedBack(feedback))
                 so_far = Timings(generate_s=generate_s, grade_s=grade_s, total_s=time.monotonic() - started)
                 on_progress(dialogue.progress(so_far))
         timings = Timings(generate_s=generate_s, grade_s=grade_s, total_s=time.monotonic() - started)
         return dialogue.trajectory(replica_id=self._replica_id, timings=timings)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of some tokens, special ones left out, for people."""
+        return self._text.decode(list(token_ids))
 
     def attempt_text(self, trajectory: Trajectory, index: int) -> str:
         """Text of one attempt, for people."""
@@ -137,12 +194,13 @@ class DialogueRunner:
             turn_closed=closed,
         )
 
-    async def _sample(self, dialogue: Dialogue) -> tuple[Sampled, str]:
+    async def _sample(self, dialogue: Dialogue, listen: Listener) -> tuple[Sampled, str]:
         """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""
         scanner, decoder = BoxScanner(), PieceDecoder(self._text)
         token_ids: list[int] = []
         logprobs: list[float] = []
         boxed = closed = False
+        said, num_told, asked = "", 0, time.monotonic()
         generation = self._engine.generate(
             dialogue.token_ids,
             max_tokens=dialogue.budget,
@@ -151,19 +209,29 @@ class DialogueRunner:
             stop_ids=self._stop_ids,
         )
         async for delta in generation:
+            if not token_ids:
+                FIRST_TOKEN_SECONDS.observe(time.monotonic() - asked)
             for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
                 token_ids.append(token_id)
                 logprobs.append(logprob)
                 closed = token_id in self._stop_ids
-                boxed = not closed and scanner.feed(decoder.feed(token_id)) and self._settings.stop_at_box
+                piece = "" if closed else decoder.feed(token_id)
+                said += piece
+                boxed = scanner.feed(piece) and self._settings.stop_at_box
                 if closed or boxed:
                     break
+            if len(said) > num_told:
+                listen(Said(said[num_told:]))
+                num_told = len(said)
             if closed or boxed:
                 break
         kept = len(token_ids)
         spans = [(v, start, min(end, kept)) for v, start, end in await generation.end() if start < kept]
         sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
-        return sampled, self._text.decode(token_ids)
+        text = self._text.decode(token_ids)
+        if text.startswith(said) and text != said:
+            listen(Said(text[len(said) :]))  # it ended inside a character
+        return sampled, text
 
 
 def _is_stale(progress: Progress, task: Task) -> bool:

@@ -32,7 +32,6 @@ MAX_FAILURES = 4  # different tasks, with no dialogue completed in between
 
 IN_FLIGHT = Gauge("multiattempt_rollout_dialogues_in_flight", "Dialogues of the ledger running now")
 DIALOGUES = Counter("multiattempt_rollout_dialogues_total", "Dialogues of the ledger ended", ["outcome"])
-TOKENS = Counter("multiattempt_rollout_tokens_sampled_total", "Tokens sampled in completed dialogues")
 SECONDS = Histogram("multiattempt_rollout_dialogue_seconds", "Wall time of completed dialogues")
 
 log = logging.getLogger(__name__)
@@ -104,6 +103,7 @@ class Worker:
         self._claims_from = self._drain_until = -math.inf  # on the monotonic clock
         self._graded_at = -math.inf
         self.is_draining = False
+        self.is_engine_dead = False  # which of the dialogues was too much for it is not known: it counts for all
 
     @property
     def num_running(self) -> int:
@@ -114,7 +114,6 @@ class Worker:
         """Claim and run until `drain` has been asked for and all is done. Raises what the replica cannot survive."""
         await self._ledger.open()
         renewing = asyncio.create_task(self._renew())
-        is_engine_dead = False
         try:
             while not self._is_drained():
                 self._reap()
@@ -122,20 +121,25 @@ class Worker:
                     renewing.result()
                 await asyncio.sleep(BUSY_S if await self._claim() else IDLE_S)
         except EngineDead:
-            is_engine_dead = True  # which of the dialogues was too much for it is not known: it counts for all
+            self.is_engine_dead = True
             raise
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
-            await self._give_back(has_failed=is_engine_dead)
+            await self._give_back(has_failed=self.is_engine_dead)
 
     def drain(self, grace_s: float) -> None:
         """Claim nothing more; `run` returns when the dialogues in flight have ended, or else gives them back then."""
         if not self.is_draining:
             self.is_draining, self._drain_until = True, time.monotonic() + grace_s
 
+    @property
+    def is_grace_over(self) -> bool:
+        """Whether draining has taken as long as it may."""
+        return self.is_draining and time.monotonic() > self._drain_until
+
     def _is_drained(self) -> bool:
-        return self.is_draining and (not self._running or time.monotonic() > self._drain_until)
+        return self.is_draining and (not self._running or self.is_grace_over)
 
     async def _give_back(self, *, has_failed: bool) -> None:
         """Stop what is running and release it with its progress. Raises nothing: leases run out by themselves."""
@@ -218,7 +222,6 @@ class Worker:
             self._failed.clear()
             self._graded_at = time.monotonic()
             DIALOGUES.labels("completed" if completed else "duplicate").inc()
-            TOKENS.inc(int(trajectory.action_mask.sum()))
             SECONDS.observe(time.monotonic() - started)
 
     async def _fail(self, claim: Claim, saver: Saver, error: Exception) -> None:
