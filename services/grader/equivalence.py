@@ -42,7 +42,9 @@ class Method(StrEnum):
     SYMBOLIC = "symbolic"
 
 
-_DEPTH = (Method.EXACT, Method.NUMERIC, Method.SYMBOLIC)
+_DEPTH = (None, Method.EXACT, Method.NUMERIC, Method.SYMBOLIC)
+# Of several gold answers none of which is met: one that could not be read says nothing, one undecided leaves it open.
+_TELLS_LESS = (Verdict.UNPARSABLE_GOLD, Verdict.INCORRECT, Verdict.TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +60,29 @@ class UnparsableGoldError(ValueError):
 
 
 def compare(answer: str, golds: Sequence[str], *, alarm_s: int) -> Comparison:
-    """Compare an extracted answer with every gold answer; equal to any of them is correct.
+    """Compare an extracted answer with every gold answer, one at least; equal to any of them is correct.
 
     alarm_s: whole seconds for each call of math-verify (a fractional one would make it answer "different" at once).
     Main thread only: math-verify's clock is SIGALRM. Raises MemoryError, which the caller counts.
     """
+    normal = normalise(answer)
+    if any(normal == normalise(gold) for gold in golds) and not is_blank(normal):
+        return Comparison(Verdict.CORRECT, Method.EXACT)
     results = []
-    try:
-        for gold in golds:
-            results.append(_compare_one(gold, answer, alarm_s))
-            if results[-1].verdict is Verdict.CORRECT:
-                return results[-1]
-    except TimeoutException:
-        return Comparison(Verdict.TIMEOUT, None)
-    readable = [result for result in results if result.verdict is not Verdict.UNPARSABLE_GOLD]
-    if not readable:
-        return Comparison(Verdict.UNPARSABLE_GOLD, None)
-    return max(readable, key=lambda result: _DEPTH.index(result.method or Method.EXACT))
+    for gold in golds:
+        results.append(_compare_one(normalise(gold), normal, alarm_s))
+        if results[-1].verdict is Verdict.CORRECT:
+            return results[-1]
+    return max(results, key=lambda result: (_TELLS_LESS.index(result.verdict), _DEPTH.index(result.method)))
 
 
 def _compare_one(gold: str, answer: str, alarm_s: int) -> Comparison:
     try:
-        equal, method = _Comparer(alarm_s).equal(normalise(gold), normalise(answer))
+        equal, method = _Comparer(alarm_s).equal(gold, answer)
     except UnparsableGoldError:
         return Comparison(Verdict.UNPARSABLE_GOLD, None)
+    except TimeoutException:
+        return Comparison(Verdict.TIMEOUT, None)
     return Comparison(Verdict.CORRECT if equal else Verdict.INCORRECT, method)
 
 

@@ -206,6 +206,13 @@ def test_a_comparison_past_the_alarm_is_a_timeout_and_not_incorrect() -> None:
     assert compare(unfinished, ["x+1"], alarm_s=1).verdict is Verdict.INCORRECT
 
 
+def test_a_gold_answer_past_the_alarm_costs_the_others_nothing() -> None:
+    unfinished = r"\int e^{x^{2}} \sin(x^{3}) \log(x) dx"
+    assert compare("x+1", [unfinished, "1+x"], alarm_s=1).verdict is Verdict.CORRECT
+    assert compare("x+1", [unfinished, "x+2"], alarm_s=1).verdict is Verdict.TIMEOUT
+    assert compare("5", [unfinished, "5"], alarm_s=1).method is Method.EXACT  # at once: spelling is looked at first
+
+
 def test_numbers_are_read_exactly() -> None:
     read = number(normalise(r"-1\frac{1}{3}"))
     assert read is not None and (read.value.numerator, read.value.denominator) == (-4, 3)
