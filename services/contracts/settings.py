@@ -218,6 +218,8 @@ class RolloutSection(_Section):
     """Share of the GPU that vLLM takes, CUDA engine."""
     tensor_parallel_size: Positive = 1
     """GPUs per replica."""
+    gpu_wait_s: NonNegativeFloat = 120.0
+    """How long a replica waits at its start for free GPUs, where it has to choose among several."""
     enforce_eager: bool = True
     """No torch.compile: starts in seconds."""
     threads: NonNegative = 0

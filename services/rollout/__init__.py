@@ -8,5 +8,7 @@ worker          keeps many tasks of the ledger running at once
 vllm_engine     the engine: token ids in, token ids and log-probabilities out; the only user of vLLM's AsyncLLM
 weights         our weight-transfer engine inside vLLM's worker
 weight_control  the control routes of a transfer
+gpu_lease       free GPUs, leased in Redis before vLLM is imported
+ending          a second signal, a lost GPU: the process ends where it stands
 app             HTTP: dialogues on request, health, control
 """

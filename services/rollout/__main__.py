@@ -1,13 +1,15 @@
 """Start a replica: `python -m services.rollout --config RUN/config.json --replica-id rollout-0 --port 8100`.
 
 Light door: arguments, configuration, model folder and port are checked before vLLM is imported. A mistake in any of
-them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first.
+them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first, or given
+back when the grace period is over; a second one ends the process at once. What the replica cannot survive is the last
+line on standard error, and exit code 1.
 """
 
 import argparse
 import asyncio
+import contextlib
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -15,8 +17,12 @@ from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
 from services.contracts.telemetry import configure_logging
+from services.rollout.ending import Signals
+from services.rollout.gpu_lease import leased_gpus
 
+EXIT_FAILED = 1
 EXIT_CONFIG = 2
+CLOSE_S = 1  # for answers under way at the end: by then no dialogue is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging("rollout", run=config.run.name)
         port = listener.getsockname()[1]
         name = arguments.replica_id or f"{socket.gethostname()}-{port}"
-        return asyncio.run(_serve(config, model, listener, replica_id=name))
+        signals = Signals()
+        with leased_gpus(config, name):
+            return asyncio.run(_serve(config, model, listener, replica_id=name, signals=signals))
     except ConfigError as error:
         print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line
         return EXIT_CONFIG
+    except Exception as error:
+        logging.getLogger(__name__).exception("the replica failed")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"multiattempt: error: the replica failed: {reason}", file=sys.stderr)  # noqa: T201 - the last line
+        return EXIT_FAILED
 
 
-async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, replica_id: str) -> int:
+async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, replica_id: str, signals: Signals) -> int:
     import uvicorn
 
     from services.rollout.app import create_app
@@ -47,7 +60,10 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
 
     url = f"http://{config.rollout.advertise_host or config.rollout.host}:{listener.getsockname()[1]}"
     replica = ReplicaProcess(config, model=model, replica_id=replica_id, url=url)
-    server = uvicorn.Server(uvicorn.Config(create_app(replica), log_config=None, access_log=False, lifespan="off"))
+    settings = uvicorn.Config(
+        create_app(replica), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSE_S
+    )
+    server = uvicorn.Server(settings)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     living = asyncio.create_task(replica.run())
 
@@ -57,21 +73,14 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
         else:
             living.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
+    loop = asyncio.get_running_loop()
+    signals.ask = lambda: loop.call_soon_threadsafe(stop)
     serving = asyncio.create_task(server._serve([listener]))
     await asyncio.wait((living, serving), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
-    try:
+    with contextlib.suppress(asyncio.CancelledError):
         await living
-    except asyncio.CancelledError:
-        return 0
-    except ConfigError:
-        raise
-    except Exception:
-        logging.getLogger(__name__).exception("the replica failed")
-        return 1
     return 0
 
 

@@ -12,11 +12,12 @@ from services.contracts.ledger import Ledger
 from services.contracts.registry import Registry, Replica
 from services.contracts.store import connect
 from services.grader.client import GraderClient
-from services.rollout.runner import DialogueRunner
+from services.rollout.runner import DialogueRunner, EngineDead
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.worker import Worker
 
 MISSED_HEARTBEATS = 3  # after so many a replica is taken for dead
+ENGINE_SILENCE_S = 60.0  # an engine that answers nothing for so long will not do so again
 DRAIN_PERIOD_S = 0.05  # between looks at the last dialogues
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class ReplicaProcess:
     async def _work(self) -> None:
         """Until drained: first the ledger's dialogues, then those asked for over HTTP, which begin no more."""
         await self.worker.run()
-        while self.runner.num_running:
+        while self.runner.num_running and not self.worker.is_grace_over:
             await asyncio.sleep(DRAIN_PERIOD_S)
 
     def _wire(self, ledger: Ledger, grader: GraderClient) -> None:
@@ -110,12 +111,23 @@ class ReplicaProcess:
         )
 
     async def _beat(self, registry: Registry) -> None:
-        """Announce this replica as long as its engine answers; one that hangs falls silent and is taken for dead."""
+        """Announce this replica as long as its engine answers; one that hangs falls silent, and is given up in the end.
+
+        Raises EngineDead.
+        """
+        answered = time.monotonic()
         while True:
-            self.trouble = await self.engine.check() or None
+            try:
+                self.trouble = await self.engine.check() or None
+                if self.trouble and time.monotonic() - answered > ENGINE_SILENCE_S:
+                    raise EngineDead(self.trouble)
+            except EngineDead:
+                self.worker.is_engine_dead = True
+                raise
             if self.engine.broken:
                 raise RuntimeError(self.engine.broken)
             if self.trouble is None:
+                answered = time.monotonic()
                 await self._announce(registry)
             await asyncio.sleep(self.config.rollout.heartbeat_s)
 

@@ -5,15 +5,16 @@ weight version that produced it. Weights come in through `weights` and `weight_c
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.contracts.config import RunConfig
 from services.contracts.wire import Sampling
-from services.rollout.runner import Delta, GenerationAborted
+from services.rollout.runner import Delta, EngineDead, GenerationAborted
 
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
 BATCHED_TOKENS = 8192  # prefilled in one step on a CPU
@@ -49,7 +50,8 @@ class VllmGeneration:
         """The next delta."""
         if self._spans is not None:
             raise StopAsyncIteration
-        output = await anext(self._outputs)
+        with _death_told(self._async_llm):
+            output = await anext(self._outputs)
         sampled = output.outputs[0]
         if output.finished:
             self._spans = [(int(span.version), span.start, span.end) for span in sampled.weight_versions or []]
@@ -63,7 +65,8 @@ class VllmGeneration:
         """Abort if need be; vLLM tells the weight versions only with the last output."""
         if self._spans is None:
             self._is_ending = True
-            await self._async_llm.abort(self._request_id)
+            with _death_told(self._async_llm):
+                await self._async_llm.abort(self._request_id)
             await self.drain()
         assert self._spans is not None
         return self._spans
@@ -177,13 +180,14 @@ class VllmEngine:
         return [float("nan") if start == end else flat.logprobs[start] for start, end in spans]
 
     async def rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> list[Any]:
-        """Call a method of every worker. Raises TimeoutError."""
-        call = self.async_llm.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
-        results: list[Any] = await asyncio.wait_for(call, timeout_s)
+        """Call a method of every worker. Raises TimeoutError, EngineDead."""
+        with _death_told(self.async_llm):
+            call = self.async_llm.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
+            results: list[Any] = await asyncio.wait_for(call, timeout_s)
         return results
 
     async def check(self) -> str:
-        """Why the engine cannot work, or nothing. Reaches the worker: a hung one does not answer."""
+        """Why the engine cannot work, or nothing. Raises EngineDead. Reaches the worker: a hung one does not answer."""
         if self.async_llm is None:
             return "the model is being loaded"
         if not self.broken:
@@ -213,3 +217,14 @@ class VllmEngine:
 
         choice = self._config.rollout.device
         return choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def _death_told(async_llm: Any) -> Iterator[None]:
+    """Whatever vLLM raises once its engine process has died is EngineDead; other errors concern the one request."""
+    try:
+        yield
+    except Exception as error:
+        if async_llm.errored:
+            raise EngineDead("the engine's process has died") from error
+        raise
