@@ -2,26 +2,28 @@
 
 Text is tokenised once, turn by turn; ids the model sampled are never decoded and tokenised again, so the
 ids of a dialogue are the concatenation of what these functions return and what the engine sampled.
+
+`opening_ids` and `reply_ids` take any turns; `prompt_turns` and `feedback_turn` are those of the built-in tasks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from services.contracts.config import ConfigError
 from services.contracts.settings import DialogueSection
 from services.contracts.wire import Verdict
 
-# The reference's strings, to the letter (paper.md section 1.2); feedback is a system turn there.
-PAPER_PROMPT = (
-    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{{}}. "
+# The reference's words, to the letter (paper.md section 1.2); feedback is a system turn there.
+PAPER_SYSTEM = (
+    "Please reason step by step, and put your final answer within \\boxed{{}}. "
     "You have {n} attempts to answer the questions, and you should provide the full reasoning steps in each attempt."
-    "<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
-PAPER_FEEDBACK = (
-    "{turn_end}\n<|im_start|>system\nYour answer is incorrect. You have {n} attempts left. Try an alternative."
-    "<|im_end|>\n<|im_start|>assistant\n"
-)
+PAPER_FEEDBACK = "Your answer is incorrect. You have {n} attempts left. Try an alternative."
+# `template = "paper"` writes ChatML literally, whatever the tokenizer's own chat template is.
+PAPER_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
+PAPER_OPENED = "<|im_start|>assistant\n"
 PAPER_TURN_END = "<|im_end|>"
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the assistant's turn while its surroundings are found
@@ -45,40 +47,69 @@ def plural(attempts: int) -> str:
     return f"{attempts} attempt" if attempts == 1 else f"{attempts} attempts"
 
 
-def prompt_ids(tokenizer: Tokenizer, dialogue: DialogueSection, question: str, *, max_attempts: int) -> list[int]:
-    """Ids of everything before the first sampled token, the opened assistant turn included.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn that the model reads."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def opening_ids(tokenizer: Tokenizer, dialogue: DialogueSection, turns: Sequence[Turn]) -> list[int]:
+    """Ids of everything before the first sampled token: `turns`, and the opened assistant turn.
 
     Raises ConfigError when `template = "chat"` and the tokenizer has no chat template.
     """
+    text = _chatml(turns) if dialogue.template == "paper" else _render(tokenizer, turns, opened=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def reply_ids(tokenizer: Tokenizer, dialogue: DialogueSection, turn: Turn, *, turn_closed: bool) -> list[int]:
+    """Ids of `turn` as spliced in after an attempt, and the next opened assistant turn.
+
+    turn_closed: the model itself sampled the end of its turn; otherwise the end is spliced in first.
+    """
     if dialogue.template == "paper":
-        text = PAPER_PROMPT.format(n=max_attempts, question=question)
-        return tokenizer.encode(text, add_special_tokens=False)
-    turns = [_turn("system", dialogue.system_prompt, max_attempts)] if dialogue.system_prompt else []
+        end, between, reply = PAPER_TURN_END, "\n", _chatml([turn])
+    else:
+        end, between = assistant_end(tokenizer)
+        reply = _render_after_assistant(tokenizer, turn)
+    return tokenizer.encode(("" if turn_closed else end) + between + reply, add_special_tokens=False)
+
+
+def prompt_turns(dialogue: DialogueSection, question: str, *, max_attempts: int) -> list[Turn]:
+    """What the built-in tasks say before the first attempt."""
+    user = Turn("user", question)
+    if dialogue.template == "paper":
+        return [_say("system", PAPER_SYSTEM, max_attempts), user]
+    turns = [_say("system", dialogue.system_prompt, max_attempts)] if dialogue.system_prompt else []
     for example_question, example_answer in dialogue.examples:
-        turns.append({"role": "user", "content": example_question})
-        turns.append({"role": "assistant", "content": example_answer})
-    turns.append({"role": "user", "content": question})
-    return tokenizer.encode(_render(tokenizer, turns, opened=True), add_special_tokens=False)
+        turns += [Turn("user", example_question), Turn("assistant", example_answer)]
+    return [*turns, user]
+
+
+def feedback_turn(dialogue: DialogueSection, verdict: Verdict, *, attempts_left: int) -> Turn:
+    """What the built-in tasks say after an attempt that was not right."""
+    if dialogue.template == "paper":
+        return _say("system", PAPER_FEEDBACK, attempts_left)
+    message = {
+        Verdict.NO_ANSWER: dialogue.feedback_no_answer,
+        Verdict.TIMEOUT: dialogue.feedback_timeout,
+    }.get(verdict, dialogue.feedback_wrong)
+    return _say(dialogue.feedback_role, message, attempts_left)
+
+
+def prompt_ids(tokenizer: Tokenizer, dialogue: DialogueSection, question: str, *, max_attempts: int) -> list[int]:
+    """`opening_ids` of the built-in tasks."""
+    return opening_ids(tokenizer, dialogue, prompt_turns(dialogue, question, max_attempts=max_attempts))
 
 
 def feedback_ids(
     tokenizer: Tokenizer, dialogue: DialogueSection, verdict: Verdict, *, attempts_left: int, turn_closed: bool
 ) -> list[int]:
-    """Ids spliced in after a failed attempt, the next opened assistant turn included.
-
-    turn_closed: the model itself sampled the end of its turn; otherwise the end is spliced in first.
-    """
-    if dialogue.template == "paper":
-        text = PAPER_FEEDBACK.format(n=attempts_left, turn_end="" if turn_closed else PAPER_TURN_END)
-        return tokenizer.encode(text, add_special_tokens=False)
-    message = {
-        Verdict.NO_ANSWER: dialogue.feedback_no_answer,
-        Verdict.TIMEOUT: dialogue.feedback_timeout,
-    }.get(verdict, dialogue.feedback_wrong)
-    turn = _turn(dialogue.feedback_role, message, attempts_left)
-    end, between = assistant_end(tokenizer)
-    opened = _render_after_assistant(tokenizer, turn)
-    return tokenizer.encode(("" if turn_closed else end) + between + opened, add_special_tokens=False)
+    """`reply_ids` of the built-in tasks."""
+    turn = feedback_turn(dialogue, verdict, attempts_left=attempts_left)
+    return reply_ids(tokenizer, dialogue, turn, turn_closed=turn_closed)
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, dialogue: DialogueSection) -> frozenset[int]:
@@ -96,11 +127,6 @@ def assistant_end(tokenizer: Tokenizer) -> tuple[str, str]:
     return _assistant_end(_Key(tokenizer))
 
 
-def render_feedback_turn(dialogue: DialogueSection, message: str, attempts_left: int) -> dict[str, str]:
-    """The feedback as a chat turn, for readers of dialogues."""
-    return _turn(dialogue.feedback_role, message, attempts_left)
-
-
 class _Key:
     """A tokenizer as a cache key: by identity."""
 
@@ -116,26 +142,30 @@ class _Key:
 
 @lru_cache(maxsize=8)
 def _assistant_end(key: _Key) -> tuple[str, str]:
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _MARK}]
-    tail = _render(key.tokenizer, turns, opened=False).partition(_MARK)[2]
+    tail = _render(key.tokenizer, [Turn("user", "q"), Turn("assistant", _MARK)], opened=False).partition(_MARK)[2]
     marker = tail.rstrip()
     return marker, tail[len(marker) :]
 
 
-def _render_after_assistant(tokenizer: Tokenizer, turn: dict[str, str]) -> str:
+def _render_after_assistant(tokenizer: Tokenizer, turn: Turn) -> str:
     """Text of `turn` and the assistant turn opened after it, as the template renders them mid-dialogue."""
-    before = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _MARK}]
+    before = [Turn("user", "q"), Turn("assistant", _MARK)]
     tail = _render(tokenizer, [*before, turn], opened=True).partition(_MARK)[2]
     end, between = assistant_end(tokenizer)
     return tail.removeprefix(end + between)
 
 
-def _turn(role: str, message: str, attempts: int) -> dict[str, str]:
-    return {"role": role, "content": message.format(n=attempts, attempts=plural(attempts))}
+def _say(role: Literal["system", "user"], message: str, attempts: int) -> Turn:
+    return Turn(role, message.format(n=attempts, attempts=plural(attempts)))
 
 
-def _render(tokenizer: Tokenizer, turns: Sequence[dict[str, str]], *, opened: bool) -> str:
+def _chatml(turns: Sequence[Turn]) -> str:
+    return "".join(PAPER_TURN.format(role=turn.role, content=turn.content) for turn in turns) + PAPER_OPENED
+
+
+def _render(tokenizer: Tokenizer, turns: Sequence[Turn], *, opened: bool) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError('dialogue.template: "chat" needs a tokenizer with a chat template; set template = "paper"')
-    text: str = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened)
+    conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opened)
     return text

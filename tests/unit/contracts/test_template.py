@@ -1,5 +1,7 @@
 """Dialogue turns become the ids that a chat template would have produced, one turn at a time."""
 
+from dataclasses import asdict
+
 import pytest
 
 from services.contracts.config import ConfigError
@@ -8,9 +10,9 @@ from services.contracts.template import (
     assistant_end,
     end_of_turn_ids,
     feedback_ids,
+    feedback_turn,
     plural,
     prompt_ids,
-    render_feedback_turn,
 )
 from services.contracts.wire import Verdict
 from services.learner.arithmetic_model import build_tokenizer
@@ -49,7 +51,7 @@ def test_spliced_dialogue_reads_like_one_rendered_at_once(tokenizer):
     turns = [
         {"role": "user", "content": "1+1"},
         {"role": "assistant", "content": answer},
-        render_feedback_turn(settings, settings.feedback_wrong, 1),
+        asdict(feedback_turn(settings, Verdict.INCORRECT, attempts_left=1)),
     ]
     whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert ids == tokenizer.encode(whole, add_special_tokens=False)
@@ -74,17 +76,59 @@ def test_feedback_says_what_happened(tokenizer, verdict, words):
     assert words in tokenizer.decode(feedback_ids(tokenizer, CHAT, verdict, attempts_left=1, turn_closed=True))
 
 
-def test_paper_strings_are_the_references_to_the_letter(tokenizer):
-    assert tokenizer.decode(prompt_ids(tokenizer, PAPER, "1+1", max_attempts=1)) == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 1 "
-        "attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
-        "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+# paper.md section 1.2, copied from there: N stands for the number of attempts.
+PAPER_PROMPT = (
+    r"<|im_start|>system\nPlease reason step by step, and put your final answer within \boxed{}. You have {N} "
+    r"attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
+    r"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+PAPER_FEEDBACK = (
+    r"<|im_end|>\n<|im_start|>system\nYour answer is incorrect. You have {N'} attempts left. Try an alternative."
+    r"<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def as_written(string: str, **values: str) -> str:
+    for name, value in {"\\n": "\n", **values}.items():
+        string = string.replace(name, value)
+    return string
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])  # the reference says "1 attempts"
+def test_paper_strings_are_the_references_to_the_letter(tokenizer, n):
+    prompt = tokenizer.decode(prompt_ids(tokenizer, PAPER, "x_{1}?", max_attempts=n))
+    assert prompt == as_written(PAPER_PROMPT, **{"{N}": str(n), "{question}": "x_{1}?"})
+    for verdict in (Verdict.INCORRECT, Verdict.NO_ANSWER, Verdict.TIMEOUT):  # all are "incorrect" there
+        feedback = as_written(PAPER_FEEDBACK, **{"{N'}": str(n)})
+        open_turn = feedback_ids(tokenizer, PAPER, verdict, attempts_left=n, turn_closed=False)
+        closed_turn = feedback_ids(tokenizer, PAPER, verdict, attempts_left=n, turn_closed=True)
+        assert tokenizer.decode(open_turn) == feedback
+        assert tokenizer.decode(closed_turn) == feedback.removeprefix("<|im_end|>")
+
+
+def test_the_papers_strings_do_not_need_a_chat_template():
+    bare = build_tokenizer()
+    bare.chat_template = None
+    assert prompt_ids(bare, PAPER, "1+1", max_attempts=1) == prompt_ids(build_tokenizer(), PAPER, "1+1", max_attempts=1)
+
+
+def test_without_a_system_prompt_the_question_comes_first(tokenizer):
+    settings = DialogueSection(template="chat", system_prompt="")
+    text = tokenizer.decode(prompt_ids(tokenizer, settings, "1+1", max_attempts=3))
+    assert text == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_texts_are_the_users_own(tokenizer):
+    settings = DialogueSection(
+        system_prompt="Box it: \\boxed{{}}, {n}.",
+        feedback_wrong="No ({n}, {attempts}).",
+        feedback_no_answer="Nothing.",
+        feedback_role="system",
     )
-    feedback = feedback_ids(tokenizer, PAPER, Verdict.NO_ANSWER, attempts_left=3, turn_closed=False)
-    assert tokenizer.decode(feedback) == (
-        "<|im_end|>\n<|im_start|>system\nYour answer is incorrect. You have 3 attempts left. Try an alternative."
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert "Box it: \\boxed{}, 3.<" in tokenizer.decode(prompt_ids(tokenizer, settings, "1+1", max_attempts=3))
+    wrong = feedback_turn(settings, Verdict.INCORRECT, attempts_left=1)
+    assert (wrong.role, wrong.content) == ("system", "No (1, 1 attempt).")
+    assert feedback_turn(settings, Verdict.NO_ANSWER, attempts_left=1).content == "Nothing."
 
 
 def test_examples_come_before_the_question(tokenizer):
@@ -103,7 +147,3 @@ def test_a_tokenizer_without_chat_template_is_refused_with_the_way_out():
     bare.chat_template = None
     with pytest.raises(ConfigError, match='set template = "paper"'):
         prompt_ids(bare, CHAT, "1+1", max_attempts=1)
-
-
-def test_question_braces_are_left_alone(tokenizer):
-    assert "x_{1}" in tokenizer.decode(prompt_ids(tokenizer, PAPER, "x_{1}", max_attempts=1))
