@@ -22,7 +22,7 @@ smollm2: setup ## train SmolLM2-135M-Instruct on word problems (DATA=folder with
 test: setup-dev ## the whole test suite: unit, integration, end to end
 	$(BIN)/python -m pytest
 
-test-fast: setup-dev ## unit tests only, under a minute
+test-fast: setup-dev ## unit tests only, about a minute
 	$(BIN)/python -m pytest tests/unit
 
 lint: setup-dev ## ruff and mypy
