@@ -9,6 +9,7 @@ from services.contracts.config import ConfigError, RunConfig
 from services.contracts.ledger import run_prefix
 from services.contracts.problems import load_problems
 from services.contracts.store import connect
+from services.rollout.environment import load_environment
 
 MIN_MEMORY_GB = 3.0  # engine, learner and grader of the smallest model, measured
 MIN_DISK_GB = 1.0
@@ -25,6 +26,7 @@ def check(config: RunConfig, *, resume: bool) -> None:
     _check_disk(config.run_dir)
     _check_model(config)
     check_memory(config, available_gb=available_memory_gb())
+    load_environment(config.dialogue)
     load_problems(config)
     _check_ports(config)
     if config.redis.url:

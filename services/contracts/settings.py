@@ -4,7 +4,7 @@ How they are read from file, environment and command line is `config`'s business
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -94,6 +94,9 @@ class DataSection(_Section):
 class DialogueSection(_Section):
     """[dialogue] the multi-attempt task (paper.md section 1)."""
 
+    environment: str = "math"
+    """The task. math: problems with a boxed answer. arithmetic: the same for bare sums, with a `system_prompt` of three
+    words where none is set. package.module:ClassName: your own (docs/environments.md)."""
     min_attempts: Positive = 1
     """Smallest N; N is uniform between the two."""
     max_attempts: Positive = 5
@@ -126,6 +129,13 @@ class DialogueSection(_Section):
     """When never correct: judge the last attempt, or keep the reference's sticky -0.5."""
     attempt_discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     """A correct k-th attempt earns this to the power k-1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_of_the_environment(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("environment") == "arithmetic":
+            return {"system_prompt": "You have {attempts}"} | values
+        return values
 
     @model_validator(mode="after")
     def _ordered(self) -> "DialogueSection":
@@ -255,6 +265,8 @@ class LearnerSection(_Section):
 
     batch_dialogues: Positive = 1024
     """Dialogues per policy update (per weight version)."""
+    samples_per_problem: Positive = 1
+    """Dialogues with the same problem and the same N (a group); `batch_dialogues` must be a multiple."""
     minibatch_dialogues: Positive = 128
     """Dialogues per optimiser step; `batch_dialogues` must be a multiple."""
     micro_tokens: Positive = 16_384
@@ -316,11 +328,11 @@ class LearnerSection(_Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> "LearnerSection":
-        if self.batch_dialogues % self.minibatch_dialogues:
-            raise ValueError(
-                f"batch_dialogues {self.batch_dialogues} is not a multiple of "
-                f"minibatch_dialogues {self.minibatch_dialogues}"
-            )
+        for name in ("minibatch_dialogues", "samples_per_problem"):
+            if self.batch_dialogues % getattr(self, name):
+                raise ValueError(
+                    f"batch_dialogues {self.batch_dialogues} is not a multiple of {name} {getattr(self, name)}"
+                )
         return self
 
 

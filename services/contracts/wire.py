@@ -35,8 +35,8 @@ class FinishReason(StrEnum):
     """Why a dialogue ended."""
 
     SOLVED = "solved"
-    ATTEMPTS = "attempts"  # all allowed attempts used, none correct
-    LENGTH = "length"  # dialogue budget or model context exhausted before the attempts were
+    ATTEMPTS = "attempts"  # all allowed attempts used and ended by the model itself, none correct
+    LENGTH = "length"  # cut off: a budget ended the last attempt, or left no room for those still allowed
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 box             finds the token that closes a `\\boxed{...}` while tokens stream (pure)
 dialogue        whose turn it is, what may be sampled next, when it is over; builds the trajectory (pure)
+environment     the task: prompt, judgement, feedback, reward; built in, or a user's own
 reward          verdicts -> reward (pure)
 runner          runs one dialogue: engine, box, grader, dialogue
 worker          keeps many tasks of the ledger running at once

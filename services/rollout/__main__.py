@@ -1,7 +1,7 @@
 """Start a replica: `python -m services.rollout --config RUN/config.json --replica-id rollout-0 --port 8100`.
 
-Light door: arguments, configuration, model folder and port are checked before vLLM is imported. A mistake in any of
-them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first, or given
+Light door: arguments, configuration, environment, model folder and port are checked before vLLM is imported. A mistake
+in any of them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first, or given
 back when the grace period is over; a second one ends the process at once. What the replica cannot survive is the last
 line on standard error, and exit code 1.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
 from services.contracts.telemetry import configure_logging
 from services.rollout.ending import Signals
+from services.rollout.environment import load_environment
 from services.rollout.gpu_lease import leased_gpus
 
 EXIT_FAILED = 1
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         config = load_resolved(arguments.config)
+        load_environment(config.dialogue)
         model = _model(config)
         listener = _listen(config, config.rollout.port if arguments.port is None else arguments.port)
         configure_logging("rollout", run=config.run.name)

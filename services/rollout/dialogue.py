@@ -3,7 +3,8 @@
 Segments, never searches in text, say which tokens are actions. Engine, grader and tokenizer are the caller's.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,6 @@ from services.contracts.wire import (
     VersionSpan,
     spans_cover_actions,
 )
-from services.rollout.reward import reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Dialogue:
     settings: DialogueSection
     max_model_len: int
     token_ids: list[int]
+    reward_of: Callable[[Sequence[Verdict]], float]
     attempts: list[Attempt] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     _spans: list[VersionSpan] = field(default_factory=list)
@@ -73,8 +74,12 @@ class Dialogue:
 
     @property
     def reward(self) -> float:
-        """Of the attempts so far."""
-        return reward([attempt.verdict for attempt in self.attempts], self.settings)
+        """Of the attempts so far. Raises ValueError for one that is no finite number: nothing could be learnt."""
+        verdicts = [attempt.verdict for attempt in self.attempts]
+        earned = float(self.reward_of(verdicts))
+        if not math.isfinite(earned):
+            raise ValueError(f"the reward of {[str(verdict) for verdict in verdicts]} is {earned}")
+        return earned
 
     def add_attempt(self, sampled: Sampled, *, verdict: Verdict, extracted: str | None, grading_ms: float) -> None:
         """Take one judged attempt; sets `finish_reason` when it was the last."""
@@ -89,7 +94,7 @@ class Dialogue:
         )
         if verdict is Verdict.CORRECT:
             self.finish_reason = FinishReason.SOLVED
-        elif sampled.hit_length and self.budget == 0:
+        elif sampled.hit_length and (self.attempts_left == 0 or self.budget == 0):
             self.finish_reason = FinishReason.LENGTH
         elif self.attempts_left == 0:
             self.finish_reason = FinishReason.ATTEMPTS

@@ -11,11 +11,11 @@ from typing import Protocol
 from prometheus_client import Counter, Histogram
 
 from services.contracts.config import RunConfig
-from services.contracts.template import Tokenizer, end_of_turn_ids, feedback_ids, prompt_ids
+from services.contracts.template import Tokenizer, end_of_turn_ids, opening_ids, reply_ids
 from services.contracts.wire import Progress, Sampling, Task, Timings, Trajectory, Verdict
-from services.grader.client import Grade
 from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
+from services.rollout.environment import Grader, Judgement, ask, load_environment
 from services.rollout.events import FedBack, Judged, Listener, Prompted, Said, nobody
 from services.rollout.text import PieceDecoder, TokenText
 
@@ -74,13 +74,6 @@ class Engine(Protocol):
         """Begin to sample a continuation."""
 
 
-class Grader(Protocol):
-    """What a dialogue needs of a grader."""
-
-    async def grade(self, response: str, gold: tuple[str, ...]) -> Grade:
-        """Judge the last box of `response`. Raises GraderUnavailableError: no answer is no verdict."""
-
-
 class DialogueRunner:
     """Everything that dialogues of one run share."""
 
@@ -88,6 +81,7 @@ class DialogueRunner:
         self, config: RunConfig, *, engine: Engine, grader: Grader, tokenizer: Tokenizer, replica_id: str
     ) -> None:
         self._settings = config.dialogue
+        self._environment = load_environment(config.dialogue)
         self._max_model_len = config.model.max_model_len
         self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._replica_id = replica_id
@@ -117,7 +111,8 @@ class DialogueRunner:
         """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors.
 
         resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
-        attempt that is followed by another. listen: told everything. grader: judges in place of the run's.
+        attempt that is followed by another. listen: told everything. grader: judges in place of the run's and of
+        what the environment has of its own.
         """
         key = object()
         self._since[key] = self._engine.version
@@ -148,18 +143,24 @@ class DialogueRunner:
             asked = time.monotonic()
             sampled, text = await self._sample(dialogue, listen)
             answered = time.monotonic()
-            grade = await grader.grade(text, task.gold)
+            judge = self._environment.judge if grader is self._grader else ask
+            judgement = await judge(task, text, grader)
             judged = time.monotonic()
             generate_s, grade_s = generate_s + answered - asked, grade_s + judged - answered
-            if grade.verdict is Verdict.UNPARSABLE_GOLD:
+            if judgement.verdict is Verdict.UNPARSABLE_GOLD:
                 raise UnrunnableTask(f"the gold answer cannot be parsed: {task.gold!r}")
-            dialogue.add_attempt(sampled, verdict=grade.verdict, extracted=grade.extracted, grading_ms=grade.elapsed_ms)
+            dialogue.add_attempt(
+                sampled,
+                verdict=judgement.verdict,
+                extracted=judgement.extracted,
+                grading_ms=judgement.elapsed_ms,
+            )
             TOKENS.inc(len(sampled.token_ids))
-            ATTEMPTS.labels(grade.verdict.value, len(dialogue.attempts)).inc()
+            ATTEMPTS.labels(judgement.verdict.value, len(dialogue.attempts)).inc()
             GRADING_SECONDS.observe(judged - answered)
             listen(Judged(dialogue.attempts[-1], text))
             if dialogue.finish_reason is None:
-                feedback = self._feedback(dialogue, grade.verdict, closed=sampled.closed_turn)
+                feedback = self._feedback(dialogue, judgement, closed=sampled.closed_turn)
                 dialogue.add_feedback(feedback)
             if dialogue.finish_reason is None:
                 listen(FedBack(feedback))
@@ -178,21 +179,22 @@ class DialogueRunner:
         return self._text.decode(trajectory.token_ids[attempt.start : attempt.end].tolist())
 
     def _open(self, task: Task) -> Dialogue:
-        ids = list(prompt_ids(self._tokenizer, self._settings, task.problem, max_attempts=task.max_attempts))
+        ids = opening_ids(self._tokenizer, self._settings, self._environment.prompt(task))
         if len(ids) >= self._max_model_len:
             raise UnrunnableTask(
                 f"the prompt has {len(ids)} tokens, the context is {self._max_model_len} (model.max_model_len)"
             )
-        return Dialogue(task=task, settings=self._settings, max_model_len=self._max_model_len, token_ids=ids)
-
-    def _feedback(self, dialogue: Dialogue, verdict: Verdict, *, closed: bool) -> list[int]:
-        return feedback_ids(
-            self._tokenizer,
-            self._settings,
-            verdict,
-            attempts_left=dialogue.attempts_left,
-            turn_closed=closed,
+        return Dialogue(
+            task=task,
+            settings=self._settings,
+            max_model_len=self._max_model_len,
+            token_ids=ids,
+            reward_of=self._environment.reward,
         )
+
+    def _feedback(self, dialogue: Dialogue, judgement: Judgement, *, closed: bool) -> list[int]:
+        turn = self._environment.feedback(dialogue.task, judgement, dialogue.attempts_left)
+        return reply_ids(self._tokenizer, self._settings, turn, turn_closed=closed)
 
     async def _sample(self, dialogue: Dialogue, listen: Listener) -> tuple[Sampled, str]:
         """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""

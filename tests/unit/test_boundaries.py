@@ -23,10 +23,16 @@ HEAVY = {
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
 # Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
-# grades without a server by running the grader's application in its own process.
+# grades without a server by running the grader's application in its own process. It asks rollout whether a user's
+# environment can be had before anything starts.
 ALSO = {
     "rollout": ("services.grader.client",),
-    "cli": ("services.evaluation.results", "services.grader.client", "services.grader.app"),
+    "cli": (
+        "services.evaluation.results",
+        "services.grader.client",
+        "services.grader.app",
+        "services.rollout.environment",
+    ),
 }
 LIGHT = [
     "services.grader.app",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from services.contracts.settings import DialogueSection
 from services.contracts.wire import FinishReason, Timings, Verdict, decode_trajectory, encode, spans_cover_actions
 from services.rollout.dialogue import Dialogue, Sampled
+from services.rollout.reward import reward
 
 TIMINGS = Timings(generate_s=1.0, grade_s=0.5, total_s=1.5)
 WRONG = Verdict.INCORRECT
@@ -23,9 +24,13 @@ def sampled(*token_ids: int, closed: bool = False, cut: bool = False, versions=N
 
 
 def make_dialogue(*, attempts: int = 3, context: int = 100, prompt: int = 4, **fields) -> Dialogue:
-    task = make_task(attempts=attempts)
+    section = DialogueSection(**fields)
     return Dialogue(
-        task=task, settings=DialogueSection(**fields), max_model_len=context, token_ids=list(range(90, 90 + prompt))
+        task=make_task(attempts=attempts),
+        settings=section,
+        max_model_len=context,
+        token_ids=list(range(90, 90 + prompt)),
+        reward_of=lambda verdicts: reward(verdicts, section),
     )
 
 
