@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from services.contracts.weights.communicator import join_group
 from services.contracts.weights.protocol import Join, Prepare
-from services.rollout.weight_control import create_router
+from services.rollout.weight_control import WeightControl, create_router
 from services.rollout.weights import Reception, StagingBuffer
 
 
@@ -58,7 +58,8 @@ class StubEngine:
         if method == "weights_status":
             reception = model.reception
             state = "receiving" if reception.is_running else "failed" if reception.error else "staged"
-            return [{"state": state, "error": str(reception.error), "receive_s": reception.seconds}]
+            times = {"receive_s": reception.seconds, "digest": reception.digest}
+            return [{"state": state, "error": str(reception.error), **times}]
         assert method == "weights_abort"
         if model.communicator is not None:
             model.communicator.close()
@@ -70,7 +71,7 @@ class StubEngine:
 
 engine = StubEngine()
 app = FastAPI()
-app.include_router(create_router(engine))
+app.include_router(create_router(WeightControl(engine)))
 
 
 @app.get("/weights")

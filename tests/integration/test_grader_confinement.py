@@ -18,7 +18,7 @@ KERNEL = "sys.platform == 'linux'"
 def run(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", PRELUDE + code], cwd=directory, capture_output=True, text=True, timeout=30, check=False,
-        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
 
 

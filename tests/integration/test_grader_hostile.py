@@ -15,7 +15,7 @@ import pytest
 from services.contracts.wire import Verdict
 from tests.grader_process import Grader, children, running, until
 from tests.hostile_inputs import ALL, AS_ANSWER, AS_BOTH, AS_GOLD, AS_RESPONSE, Hostile, boxed
-from tests.unit.grader.test_injection import MARK, PAYLOADS
+from tests.integration.test_grader_injection import MARK, PAYLOADS
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,7 @@ import sympy
 
 from services.grader import no_eval
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 MARK = "mark"
 # A comparison raises none of these while it runs, except for what `is_text_of_a_library` says.
 AUDITED = """
