@@ -1,174 +1,119 @@
-"""The HTTP face of a replica: dialogues on request, its weights, health, and control behind a bearer token."""
+"""The HTTP face of a replica: dialogues on request, its weights, health, metrics, and control for those who may.
+
+Errors are problem+json. `docs/rollout-api.md` is the manual; who may control is `access`'s business.
+"""
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from http import HTTPStatus
-from typing import Annotated, Any, TypeVar, cast
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException as AnyHTTPException
+from fastapi import APIRouter, Depends, FastAPI, HTTPException
 
 from services.contracts.telemetry import add_health
-from services.contracts.wire import Sampling, Task
-from services.grader.client import GraderUnavailableError
+from services.contracts.web import BodyLimit, add_problems
+from services.rollout.access import REFUSALS, WHERE, controller_only, is_local
+from services.rollout.dialogues import FAILURES, MALFORMED, dialogue_routes
+from services.rollout.protocol import (
+    MAX_BODY_BYTES,
+    DrainResponse,
+    PauseResponse,
+    ScoreRequest,
+    ScoreResponse,
+    SwapBody,
+    WeightsResponse,
+)
 from services.rollout.replica import ReplicaProcess
-from services.rollout.runner import GenerationAborted, UnrunnableTask
-from services.rollout.weight_control import create_router
+from services.rollout.weight_control import WeightControl, create_router
 
-CLIENT_GONE = 499  # nobody reads this answer; it is for logs and counters
+PATIENCE_S = 600.0  # for a person's verdict
+ENGINE_TIMEOUT_S = 60.0  # of a control call
 
 _T = TypeVar("_T")
+log = logging.getLogger(__name__)
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SamplingBody(_Body):
-    """Overrides of the run's sampling settings; temperature 0 is greedy."""
-
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: int | None = None
-
-
-class DialogueRequest(_Body):
-    """One dialogue to run now."""
-
-    problem: str
-    gold: Annotated[list[str], Field(min_length=1)]
-    max_attempts: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    sampling: SamplingBody = SamplingBody()
-
-
-class TurnBody(_Body):
-    """One attempt and what the grader said."""
-
-    text: str
-    verdict: str
-    extracted: str | None
-    num_tokens: int
-    grading_ms: float
-
-
-class DialogueResponse(_Body):
-    """The finished dialogue."""
-
-    attempts: list[TurnBody]
-    reward: float
-    finish_reason: str
-    num_tokens: int
-    weight_versions: list[int]
-    seconds: dict[str, float]
-
-
-class ScoreRequest(_Body):
-    """Token ids to be scored."""
-
-    token_ids: Annotated[list[int], Field(min_length=1)]
-
-
-def create_app(replica: ReplicaProcess) -> FastAPI:
-    """All routes of a replica. Errors are problem+json."""
-    app = FastAPI(title="rollout", summary="Multi-attempt dialogues on vLLM")
+def create_app(replica: ReplicaProcess, *, patience_s: float = PATIENCE_S) -> FastAPI:
+    """All routes of a replica. patience_s: how long a person may think about a verdict."""
+    app = FastAPI(
+        title="Rollout replica", version="1", summary="Multi-attempt dialogues on vLLM", redirect_slashes=False
+    )
+    add_problems(app, failed="the replica")
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     add_health(app, ready=lambda: replica.refusal)
-    app.include_router(_public(replica))
-    guarded = Depends(_bearer(replica.config.rollout.control_token))
-    app.include_router(_control(replica), dependencies=[guarded, Depends(_running(replica))])
-    app.include_router(create_router(replica.engine), dependencies=[guarded])
-    app.add_exception_handler(AnyHTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _malformed)
+    weights = WeightControl(replica.engine)
+    app.include_router(dialogue_routes(replica, patience_s=patience_s))
+    app.include_router(_weights(replica, weights))
+    token, host = replica.config.rollout.control_token, replica.config.rollout.host
+    if not token and not is_local(host, {}):
+        log.warning(f"no {WHERE}: control answers only to programs on this machine", extra={"host": host})
+    guarded: dict[str, Any] = {
+        "dependencies": [Depends(controller_only(token))],
+        "responses": {**REFUSALS, **MALFORMED, **FAILURES},
+    }
+    app.include_router(_control(replica), **guarded)
+    app.include_router(create_router(weights), **guarded)
     return app
 
 
-def _public(replica: ReplicaProcess) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["dialogues"])
-
-    @router.post("/dialogues")
-    async def dialogues(body: DialogueRequest, request: Request) -> DialogueResponse:
-        """Run one dialogue now, beside those of the ledger; it is given up when the client hangs up."""
-        if replica.refusal:
-            raise HTTPException(503, replica.refusal)
-        task = Task(
-            task_id=0,
-            batch=0,
-            problem=body.problem,
-            gold=tuple(body.gold),
-            max_attempts=body.max_attempts,
-            seed=body.seed,
-            kind="eval",
-            sampling=Sampling(**body.sampling.model_dump()),
-        )
-        try:
-            trajectory = await _while_connected(request, replica.runner.run(task))
-        except UnrunnableTask as error:
-            raise HTTPException(422, str(error)) from error
-        except (GraderUnavailableError, GenerationAborted) as error:
-            raise HTTPException(503, str(error)) from error
-        turns = [
-            TurnBody(
-                text=replica.runner.attempt_text(trajectory, index),
-                verdict=attempt.verdict,
-                extracted=attempt.extracted,
-                num_tokens=attempt.end - attempt.start,
-                grading_ms=attempt.grading_ms,
-            )
-            for index, attempt in enumerate(trajectory.attempts)
-        ]
-        timings = trajectory.timings
-        return DialogueResponse(
-            attempts=turns,
-            reward=trajectory.reward,
-            finish_reason=trajectory.finish_reason,
-            num_tokens=len(trajectory.token_ids),
-            weight_versions=[span.version for span in trajectory.versions],
-            seconds={"generate": timings.generate_s, "grade": timings.grade_s, "total": timings.total_s},
-        )
+def _weights(replica: ReplicaProcess, control: WeightControl) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["weights"])
 
     @router.get("/weights")
-    async def weights() -> dict[str, Any]:
-        """The version that generation uses now."""
-        return {"version": replica.engine.version, "device": replica.engine.device}
+    async def weights() -> WeightsResponse:
+        """The version that generation uses now, and how it came."""
+        history = [SwapBody(**asdict(swap)) for swap in reversed(control.history)]
+        newest = history[0] if history else None
+        return WeightsResponse(
+            version=replica.engine.version,
+            step=replica.engine.version,
+            device=replica.engine.device,
+            loaded_at=newest.loaded_at if newest else None,
+            digest=newest.digest if newest else None,
+            history=history,
+        )
 
     return router
 
 
 def _control(replica: ReplicaProcess) -> APIRouter:
     router = APIRouter(prefix="/control", tags=["control"])
+    running = [Depends(_running(replica))]
 
-    @router.post("/pause")
-    async def pause() -> dict[str, Any]:
+    @router.post("/pause", dependencies=running)
+    async def pause() -> PauseResponse:
         """Stop generating; requests wait."""
-        await replica.engine.async_llm.pause_generation(mode="keep", clear_cache=False)
-        return {"paused": True}
+        await _in_time(replica.engine.async_llm.pause_generation(mode="keep", clear_cache=False))
+        return PauseResponse(paused=True)
 
-    @router.post("/resume")
-    async def resume() -> dict[str, Any]:
+    @router.post("/resume", dependencies=running)
+    async def resume() -> PauseResponse:
         """Go on generating."""
-        await replica.engine.async_llm.resume_generation()
-        return {"paused": False}
+        await _in_time(replica.engine.async_llm.resume_generation())
+        return PauseResponse(paused=False)
 
-    @router.post("/drain")
-    async def drain() -> dict[str, Any]:
+    @router.post("/drain", dependencies=running)
+    async def drain() -> DrainResponse:
         """Take no more tasks, finish those in flight, then exit."""
         replica.drain()
-        return {"in_flight": replica.runner.num_running}
+        return DrainResponse(in_flight=replica.runner.num_running)
 
-    @router.post("/score")
-    async def score(body: ScoreRequest) -> dict[str, Any]:
+    @router.post("/score", dependencies=running)
+    async def score(body: ScoreRequest) -> ScoreResponse:
         """Log-probability of each token given those before it (the first has none), and the version that says so."""
-        logprobs = await replica.engine.score(body.token_ids)
-        return {"logprobs": [None, *logprobs[1:]], "version": replica.engine.version}
+        try:
+            logprobs = await _in_time(replica.engine.score(body.token_ids))
+        except ValueError as error:  # vLLM's word for tokens that it cannot take
+            raise HTTPException(422, str(error)) from error
+        known = [logprob if math.isfinite(logprob) else None for logprob in logprobs]
+        return ScoreResponse(logprobs=known, version=replica.engine.version)
 
     return router
 
 
-def _running(replica: ReplicaProcess) -> Any:
+def _running(replica: ReplicaProcess) -> Callable[[], None]:
     """A dependency that wants a replica whose engine works."""
 
     def check() -> None:
@@ -178,48 +123,9 @@ def _running(replica: ReplicaProcess) -> Any:
     return check
 
 
-def _bearer(token: str) -> Any:
-    """A dependency that wants `Authorization: Bearer <token>`; without a token configured, control is closed."""
-
-    def check(authorization: Annotated[str, Header()] = "") -> None:
-        given = authorization.removeprefix("Bearer ")
-        if not token or not hmac.compare_digest(given.encode(), token.encode()):
-            raise HTTPException(401, "control needs the bearer token rollout.control_token")
-
-    return check
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Await `work`, but cancel it when the client hangs up: FastAPI would let it run, and the engine sample, on."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request.receive))
+async def _in_time(call: Awaitable[_T]) -> _T:
+    """Await a call of the engine's. 503 when it does not answer."""
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise HTTPException(CLIENT_GONE, "the client hung up")
-        return working.result()
-    finally:
-        for future in (working, leaving):
-            future.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    title = HTTPStatus(status).phrase if status in set(HTTPStatus) else detail
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return JSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    error = cast(AnyHTTPException, error)
-    return _problem(error.status_code, str(error.detail), error.headers)
-
-
-async def _malformed(_: Request, error: Exception) -> Response:
-    first = cast(RequestValidationError, error).errors()[0]
-    return _problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        return await asyncio.wait_for(call, ENGINE_TIMEOUT_S)
+    except TimeoutError as error:
+        raise HTTPException(503, f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s") from error

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, opening_ids, reply_ids
@@ -19,6 +19,11 @@ from services.rollout.environment import Grader, Judgement, ask, load_environmen
 from services.rollout.events import FedBack, Judged, Listener, Prompted, Said, nobody
 from services.rollout.text import PieceDecoder, TokenText
 
+RUNNING = Gauge("multiattempt_rollout_dialogues_running", "Dialogues under way, the ledger's and those asked for")
+VERSION = Gauge("multiattempt_rollout_weight_version", "Weights that generation uses now: policy updates in them")
+STALENESS = Gauge(
+    "multiattempt_rollout_staleness_versions", "How many versions ago the oldest dialogue under way may have begun"
+)
 TOKENS = Counter("multiattempt_rollout_tokens_sampled_total", "Tokens sampled in attempts, whoever asked for them")
 ATTEMPTS = Counter("multiattempt_rollout_attempts_total", "Attempts judged", ["verdict", "attempt"])
 FIRST_TOKEN_SECONDS = Histogram(
@@ -88,6 +93,9 @@ class DialogueRunner:
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
         self._text = TokenText(tokenizer)
         self._since: dict[object, int] = {}  # dialogues under way -> the oldest weights that they may hold tokens of
+        RUNNING.set_function(lambda: self.num_running)
+        VERSION.set_function(lambda: engine.version)
+        STALENESS.set_function(lambda: engine.version - self.oldest_version)
 
     @property
     def num_running(self) -> int:
@@ -157,7 +165,8 @@ class DialogueRunner:
             )
             TOKENS.inc(len(sampled.token_ids))
             ATTEMPTS.labels(judgement.verdict.value, len(dialogue.attempts)).inc()
-            GRADING_SECONDS.observe(judged - answered)
+            if grader is self._grader:
+                GRADING_SECONDS.observe(judged - answered)
             listen(Judged(dialogue.attempts[-1], text))
             if dialogue.finish_reason is None:
                 feedback = self._feedback(dialogue, judgement, closed=sampled.closed_turn)

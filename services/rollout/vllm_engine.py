@@ -14,6 +14,7 @@ from typing import Any
 
 from services.contracts.config import RunConfig
 from services.contracts.wire import Sampling
+from services.rollout.engine_stats import EngineStats
 from services.rollout.runner import Delta, EngineDead, GenerationAborted
 
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
@@ -83,6 +84,7 @@ class VllmEngine:
     def __init__(self, config: RunConfig, model: Path) -> None:
         self._config, self._model = config, model
         self._ids = itertools.count()
+        self.stats = EngineStats()
         self.async_llm: Any = None
         self.tokenizer: Any = None
         self.version = 0
@@ -107,6 +109,7 @@ class VllmEngine:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
         from services.rollout.weights import BACKEND, register
 
@@ -134,7 +137,11 @@ class VllmEngine:
             **where,
         )
         self.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._model)
-        self.async_llm = AsyncLLM.from_engine_args(arguments)
+        stats: Any = lambda config, index: self.stats  # noqa: E731
+        self.async_llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[stats])
+        # vLLM always adds its own logger, the last: some forty metrics, which cost time in every step.
+        self.async_llm.logger_manager.stat_loggers.pop()
+        unregister_vllm_metrics()  # type: ignore[no-untyped-call]
         await self.async_llm.update_weight_version(str(self.version))
         await self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
 

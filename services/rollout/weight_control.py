@@ -7,10 +7,14 @@ itself, when the model may be half loaded, marks the engine as broken: readiness
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, HTTPException
+from prometheus_client import Counter, Histogram
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
 from services.contracts.weights.protocol import Abort, Commit, Join, Prepare
@@ -19,9 +23,35 @@ STATUS_PERIOD_S = 0.01  # between looks at a reception: a worker call each, abou
 RPC_TIMEOUT_S = 10.0  # of worker calls that do no transfer
 PAUSE_TIMEOUT_S = 60.0  # mode "wait" lets running requests finish first
 RENDEZVOUS_GRACE_S = 5.0  # the worker's own deadline fires first; this one catches a worker that hangs
+HISTORY = 10  # swaps that are remembered
+
+SWAPS = Counter("multiattempt_rollout_weight_swaps_total", "Versions that were to be swapped in", ["outcome"])
+PAUSE_SECONDS = Histogram(
+    "multiattempt_rollout_weight_pause_seconds",
+    "How long generation stood still for a swap",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+RECEIVE_SECONDS = Histogram(
+    "multiattempt_rollout_weight_receive_seconds",
+    "How long a version took to come in, while generation went on",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One version that was swapped in."""
+
+    version: int
+    loaded_at: datetime
+    digest: str  # of the bytes received, as the learner sent them
+    num_bytes: int
+    receive_s: float  # while generation went on
+    pause_s: float  # generation stood still: the swap is part of it
+    swap_s: float
 
 
 class Engine(Protocol):
@@ -45,6 +75,8 @@ class WeightControl:
         self._engine = engine
         self._generation = -1
         self._prepared = -1  # version in the staging buffer
+        self._staged: dict[str, Any] = {}  # how it came there
+        self.history: deque[Swap] = deque(maxlen=HISTORY)  # the newest last
         self._timeout_s = RPC_TIMEOUT_S
         self._lock = asyncio.Lock()
 
@@ -68,10 +100,13 @@ class WeightControl:
             request = WeightTransferUpdateRequest(update_info={"prepare": prepare.model_dump()})
             await self._step("prepare", llm.start_weight_update(), RPC_TIMEOUT_S)
             await self._step("prepare", llm.update_weights(request), RPC_TIMEOUT_S)
-            num_buckets = len(list(prepare.plan().buckets())) + 1
-            status = await self._step("prepare", self._received(), num_buckets * self._timeout_s)
+            plan = prepare.plan()
+            num_buckets = len(list(plan.buckets())) + 1
+            self._staged = await self._step("prepare", self._received(), num_buckets * self._timeout_s)
+            self._staged["num_bytes"] = plan.num_bytes
+            RECEIVE_SECONDS.observe(self._staged["receive_s"])
             self._prepared = prepare.version
-        return status
+        return self._staged
 
     async def commit(self, commit: Commit) -> dict[str, Any]:
         """Pause, load the staged version, resume. 409 when that version is not staged, 500 when the load failed."""
@@ -89,6 +124,11 @@ class WeightControl:
             finally:
                 await llm.resume_generation()
         now = time.monotonic()
+        PAUSE_SECONDS.observe(now - started)
+        SWAPS.labels("swapped").inc()
+        swap_s, loaded_at = now - paused, datetime.now(UTC)
+        swap = Swap(commit.version, loaded_at, **self._staged, pause_s=now - started, swap_s=swap_s)
+        self.history.append(swap)
         return {"version": commit.version, "pause_s": paused - started, "swap_s": now - paused}
 
     async def abort(self, abort: Abort) -> dict[str, Any]:
@@ -101,6 +141,7 @@ class WeightControl:
         try:
             await asyncio.wait_for(call, RPC_TIMEOUT_S + self._timeout_s)
         except Exception as error:
+            SWAPS.labels("broken").inc()
             self._engine.broken = f"the swap to version {version} failed half-way: {error!r}"
             raise HTTPException(500, self._engine.broken) from error
         self._engine.version, self._prepared = version, -1
@@ -116,7 +157,8 @@ class WeightControl:
             if failed:
                 raise RuntimeError(failed[0] or "the reception was abandoned")
             if all(status["state"] == "staged" for status in statuses):
-                return {"receive_s": max(status["receive_s"] for status in statuses)}
+                received = {"receive_s": max(status["receive_s"] for status in statuses)}
+                return received | {"digest": ",".join(sorted({status["digest"] for status in statuses}))}
             await asyncio.sleep(STATUS_PERIOD_S)
 
     async def _forget(self) -> None:
@@ -129,14 +171,14 @@ class WeightControl:
             return await asyncio.wait_for(call, deadline_s)
         except Exception as error:
             log.warning("weight transfer failed", extra={"step": what, "error": repr(error)})
+            SWAPS.labels(f"failed to {what}").inc()
             await self._forget()
             reason = f"no answer within {deadline_s:g} s" if isinstance(error, TimeoutError) else repr(error)
             raise HTTPException(502, f"{what}: {reason}") from error
 
 
-def create_router(engine: Engine) -> APIRouter:
-    """The routes under /control/weights. Authentication is the application's: mount it behind its bearer token."""
-    control = WeightControl(engine)
+def create_router(control: WeightControl) -> APIRouter:
+    """The routes under /control/weights. Who may call them is the application's business: `access`."""
     router = APIRouter(prefix="/control/weights", tags=["weights"])
     for handler in (control.join, control.prepare, control.commit, control.abort):
         router.add_api_route(f"/{handler.__name__}", handler, methods=["POST"])

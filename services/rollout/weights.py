@@ -5,6 +5,7 @@ that vLLM's own interface lacks (how far is the reception, forget it) are in `Wo
 and with which deadline is `weight_control`'s business.
 """
 
+import hashlib
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from services.contracts.weights.plan import Plan
 from services.contracts.weights.protocol import Join, Prepare
 
 BACKEND = "multiattempt"
+DIGEST_CHARS = 16
 
 
 def register() -> None:
@@ -51,6 +53,7 @@ class StagingBuffer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.digest = ""  # of what was received last, from the buckets' digests
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
 
     def receive(self, communicator: Communicator, plan: Plan) -> list[tuple[str, torch.Tensor]]:
@@ -66,6 +69,7 @@ class StagingBuffer:
         communicator.broadcast(sent)
         if sent.tolist() != found:
             raise TransferError("digest mismatch: the bytes received are not the bytes sent")
+        self.digest = hashlib.sha256(repr(found).encode()).hexdigest()[:DIGEST_CHARS]
         return [
             (spec.name, self._arena[offset : offset + spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape))
             for spec, offset in zip(plan.specs, plan.offsets, strict=True)
@@ -79,6 +83,7 @@ class Reception:
         self.staged: list[tuple[str, torch.Tensor]] | None = None
         self.error: BaseException | None = None
         self.seconds = 0.0
+        self.digest = ""
         self._thread = threading.Thread(
             target=self._run, args=(communicator, staging, plan), name="weights", daemon=True
         )
@@ -101,6 +106,7 @@ class Reception:
         started = time.monotonic()
         try:
             self.staged = staging.receive(communicator, plan)
+            self.digest = staging.digest
         except Exception as error:  # noqa: BLE001 - handed to whoever asks: status, wait
             self.error = error
             communicator.close()  # at once: a member that sees an error wakes the others by leaving
@@ -171,7 +177,12 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
         if reception is None:
             return {"state": "idle", "error": "", "load_s": self._load_s}
         state = "receiving" if reception.is_running else "staged" if reception.error is None else "failed"
-        return {"state": state, "error": str(reception.error or ""), "receive_s": reception.seconds}
+        return {
+            "state": state,
+            "error": str(reception.error or ""),
+            "receive_s": reception.seconds,
+            "digest": reception.digest,
+        }
 
     def shutdown(self) -> None:
         """Leave the group and forget what was received, without waiting for it."""

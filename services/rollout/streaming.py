@@ -1,0 +1,146 @@
+"""A dialogue as server-sent events: it runs while its client reads, and ends when the client hangs up."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from fastapi import HTTPException, Response
+from starlette.types import Receive, Scope, Send
+
+from services.contracts.web import problem_body
+from services.contracts.wire import Verdict
+from services.grader.client import Grade, GraderUnavailableError
+from services.rollout.protocol import server_sent_event
+
+CLIENT_GONE = 499  # nobody reads this answer; it is for logs and counters
+HEARTBEAT_S = 10.0
+SEND_TIMEOUT_S = 60.0  # a client that reads nothing for so long has gone
+
+Emit = Callable[[str, dict[str, Any]], None]  # an event's name and data
+
+_T = TypeVar("_T")
+
+
+class EventStream(Response):
+    """Runs `work` and sends what it emits, then its `result`. What fails before the first event has its own status.
+
+    work: raises HTTPException for what the client is to be told; anything else is a bug, told as such and raised.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, work: Callable[[Emit], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        self._work = work
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all of it, or stop because nobody listens."""
+        try:
+            await while_connected(receive, self._stream(send))
+        except HTTPException as error:
+            if error.status_code != CLIENT_GONE:
+                raise
+
+    async def _stream(self, send: Send) -> None:
+        events: asyncio.Queue[bytes | None] = asyncio.Queue()  # no longer than one dialogue
+
+        def emit(name: str, data: dict[str, Any]) -> None:
+            events.put_nowait(server_sent_event(name, data))
+
+        async def put(body: bytes, *, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+            await asyncio.wait_for(send(message), SEND_TIMEOUT_S)
+
+        working = asyncio.create_task(self._work(emit))
+        working.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            event = await events.get()
+            if event is None:
+                working.result()  # it failed before it began: the status says so
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while event is not None:
+                await put(event)
+                try:
+                    event = await asyncio.wait_for(events.get(), HEARTBEAT_S)
+                except TimeoutError:
+                    event = b": still here\n\n"
+            try:
+                last = server_sent_event("result", working.result())
+            except HTTPException as error:
+                last = server_sent_event("error", problem_body(error.status_code, str(error.detail)))
+            except Exception as error:
+                failed = f"the replica failed ({type(error).__name__}); its log says where"
+                await put(server_sent_event("error", problem_body(500, failed)), more=False)
+                raise
+            await put(last, more=False)
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work`, but cancel it when the client hangs up: FastAPI would let it run, and the engine sample, on.
+
+    Raises HTTPException CLIENT_GONE then.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(CLIENT_GONE, "the client hung up")
+        return working.result()
+    finally:
+        for future in (working, leaving):
+            future.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class People:
+    """The attempts that wait for a person's verdict, each under a name that cannot be guessed."""
+
+    def __init__(self, *, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._waiting: dict[str, asyncio.Future[Verdict]] = {}
+
+    def answer(self, name: str, verdict: Verdict) -> bool:
+        """Give the verdict; False when nothing of that name waits."""
+        waiting = self._waiting.get(name)
+        if waiting is None or waiting.done():
+            return False
+        waiting.set_result(verdict)
+        return True
+
+    async def ask(self, put_question: Callable[[str], None]) -> Verdict:
+        """Put the question under a new name and wait. Raises GraderUnavailableError when nobody answers in time."""
+        name = secrets.token_urlsafe(16)
+        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
+        try:
+            put_question(name)
+            return await asyncio.wait_for(waiting, self._patience_s)
+        except TimeoutError as error:
+            raise GraderUnavailableError(f"nobody gave a verdict within {self._patience_s:g} s") from error
+        finally:
+            del self._waiting[name]
+
+
+class PersonAsGrader:
+    """A runner's grader that asks whoever reads the stream."""
+
+    def __init__(self, people: People, put_question: Callable[[str], None]) -> None:
+        self._people, self._put_question = people, put_question
+
+    async def grade(self, response: str, gold: tuple[str, ...]) -> Grade:
+        """Wait for the verdict. Raises GraderUnavailableError."""
+        started = time.monotonic()
+        verdict = await self._people.ask(self._put_question)
+        elapsed_ms = 1000 * (time.monotonic() - started)
+        return Grade(verdict, verdict is Verdict.CORRECT, None, None, elapsed_ms=elapsed_ms, cached=False)
