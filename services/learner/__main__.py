@@ -109,6 +109,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         seed=config.run.seed,
         min_attempts=config.dialogue.min_attempts,
         max_attempts=config.dialogue.max_attempts,
+        samples_per_problem=config.learner.samples_per_problem,
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
     metrics = Metrics(config.run_dir, version=trainer.version)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.contracts.wire import Trajectory
+from services.learner.sampler import group_of
 
 Int64 = NDArray[np.int64]
 
@@ -52,6 +53,14 @@ def defect(trajectory: Trajectory) -> str | None:
     if not (np.isfinite(trajectory.logprobs[mask]).all() and np.isfinite(trajectory.reward)):
         return "a log-probability or the reward is not finite"
     return None
+
+
+def whole_groups_first(trajectories: Sequence[Trajectory], samples_per_problem: int) -> list[Trajectory]:
+    """Reordered by group: the larger first, else what came first. A group lacks a member whose dialogue was lost."""
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(group_of(trajectory.task_id, samples_per_problem), []).append(trajectory)
+    return [trajectory for group in sorted(groups.values(), key=len, reverse=True) for trajectory in group]
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Packed:

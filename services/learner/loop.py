@@ -15,7 +15,7 @@ from typing import Protocol
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
-from services.learner.batch import defect
+from services.learner.batch import defect, whole_groups_first
 from services.learner.checkpoint import CheckpointError
 from services.learner.sampler import TaskSampler
 
@@ -162,8 +162,9 @@ class Loop:
                     f"batch {version}: {len(held)} of {wanted} dialogues within learner.take_timeout_s "
                     f"({self._settings.take_timeout_s:.0f} s); {await self._ledger.depth()}"
                 )
-        chosen = list(self._held.pop(version).values())[:wanted]  # a spare one, issued in vain, is not trained on
-        return sorted((taken.trajectory for taken in chosen), key=lambda trajectory: trajectory.task_id)
+        there = [taken.trajectory for taken in self._held.pop(version).values()]
+        chosen = whole_groups_first(there, self._settings.samples_per_problem)[:wanted]  # spare ones are not trained on
+        return sorted(chosen, key=lambda trajectory: trajectory.task_id)
 
     async def _issue(self, version: int) -> None:
         """Issue what the batches that may run now lack: the one rule for new, replaced and lost tasks."""
@@ -174,10 +175,11 @@ class Loop:
             if missing <= 0:
                 continue
             first, oldest = self._next_task, max(0, batch - stale_by)
-            tasks = [self._sampler.task(first + i, batch=batch, min_version=oldest) for i in range(missing)]
+            count = self._sampler.count(first, missing)  # groups are issued whole, into one batch
+            tasks = [self._sampler.task(first + i, batch=batch, min_version=oldest) for i in range(count)]
             self._next_task = await self._ledger.issue(first, tasks)
-            if self._next_task == first + missing:  # else the counter was elsewhere: the next round tries again
-                self._issued += missing
+            if self._next_task == first + count:  # else the counter was elsewhere: the next round tries again
+                self._issued += count
 
     async def _admit(self, taken: Taken, version: int) -> None:
         trajectory = taken.trajectory

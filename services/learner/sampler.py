@@ -33,27 +33,51 @@ def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return order
 
 
-class TaskSampler:
-    """Builds tasks. problems: the training side. Task i takes problem i mod P of pass i div P over a fresh order."""
+def group_of(task_id: int, samples_per_problem: int) -> int:
+    """The group of a task, and so of its trajectory: those with the same one have the same problem and the same N."""
+    return task_id // samples_per_problem
 
-    def __init__(self, problems: Sequence[Problem], *, seed: int, min_attempts: int, max_attempts: int) -> None:
+
+class TaskSampler:
+    """Builds tasks. problems: the training side, P of them.
+
+    Tasks come in groups of `samples_per_problem`. Group g takes problem g mod P of pass g div P over a fresh order; its
+    members differ in nothing but their sampling seeds, and no seed of one's attempts is a seed of another's.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        seed: int,
+        min_attempts: int,
+        max_attempts: int,
+        samples_per_problem: int = 1,
+    ) -> None:
         if not problems:
             raise ValueError("no training problems")
         self._problems = problems
         self._seed = seed
         self._min_attempts, self._max_attempts = min_attempts, max_attempts
+        self._samples_per_problem = samples_per_problem
+
+    def count(self, first: int, missing: int) -> int:
+        """How many tasks to issue from number `first` on when `missing` are wanted: up to the end of a group."""
+        return missing + -(first + missing) % self._samples_per_problem
 
     def task(self, task_id: int, *, batch: int, min_version: int) -> Task:
         """Task number `task_id`, to be trained in update `batch` with weights no older than `min_version`."""
-        epoch, position = divmod(task_id, len(self._problems))
+        group, member = group_of(task_id, self._samples_per_problem), task_id % self._samples_per_problem
+        epoch, position = divmod(group, len(self._problems))
         problem = self._problems[epoch_order(self._seed, epoch, len(self._problems))[position]]
-        random = generator(self._seed, STREAM_TASK, task_id)
+        random = generator(self._seed, STREAM_TASK, group)
+        max_attempts = int(random.integers(self._min_attempts, self._max_attempts, endpoint=True))
         return Task(
             task_id=task_id,
             batch=batch,
             problem=problem.question,
             gold=problem.gold,
-            max_attempts=int(random.integers(self._min_attempts, self._max_attempts, endpoint=True)),
-            seed=int(random.integers(1 << SEED_BITS)),
+            max_attempts=max_attempts,
+            seed=int(random.integers(1 << SEED_BITS)) + member * max_attempts,
             min_version=min_version,
         )

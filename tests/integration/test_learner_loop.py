@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+from collections import Counter
 from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,13 @@ def make_loop(redis: Redis, config: RunConfig, trainer: MemoryTrainer, publisher
         ledger=make_ledger(redis),
         publisher=publisher,
         trainer=trainer,
-        sampler=TaskSampler(PROBLEMS, seed=0, min_attempts=1, max_attempts=2),
+        sampler=TaskSampler(
+            PROBLEMS,
+            seed=0,
+            min_attempts=1,
+            max_attempts=2,
+            samples_per_problem=config.learner.samples_per_problem,
+        ),
         metrics=MemoryMetrics(),
         summarise=summarise,
     )
@@ -165,6 +172,18 @@ async def test_a_trajectory_that_is_too_old_is_dropped_counted_and_replaced(redi
     trained = {t.task_id for batch in trainer.batches for t in batch}
     assert trained == set(range(42)) - {9, 12}
     assert loop._metrics.lines[1][1]["dropped_stale"] == 2.0  # type: ignore[attr-defined]
+
+
+async def test_groups_stay_in_one_batch_and_whole_but_for_one_that_lost_a_member(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(samples_per_problem="4"), trainer, publisher)
+    async with rollout(redis, publisher, poisoned={9}):
+        await loop.run()
+    assert [len(batch) for batch in trainer.batches] == [8] * 5
+    groups = [Counter(t.task_id // 4 for t in batch) for batch in trainer.batches]
+    assert sum(len(set(group)) for group in groups) == len(set().union(*groups))  # none is in two batches
+    assert [sorted(group.values()) for i, group in enumerate(groups) if i != 1] == [[4, 4]] * 4
+    assert groups[1][3] == 4 and max(groups[1][2], groups[1][4]) >= 3
 
 
 async def test_a_learner_that_died_replays_the_batches_since_its_checkpoint(redis: Redis) -> None:

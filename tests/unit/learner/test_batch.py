@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from learner_data import make_trajectory
 
 from services.contracts.wire import Trajectory
-from services.learner.batch import Plan, buckets, defect, minibatches, pack, plan, shard
+from services.learner.batch import Plan, buckets, defect, minibatches, pack, plan, shard, whole_groups_first
 from services.learner.losses import logprobs_from_logits
 
 
@@ -138,3 +138,14 @@ def test_a_trajectory_without_actions_is_refused() -> None:
 def test_a_trajectory_that_cannot_be_trained_on_says_why(change: dict[str, Any], reason: str | None) -> None:
     found = defect(msgspec.structs.replace(make_trajectory(0), **change))  # it has 13 tokens
     assert found is None if reason is None else reason in str(found)
+
+
+def test_a_batch_takes_whole_groups_before_broken_ones_and_else_what_came_first() -> None:
+    there = [make_trajectory(i) for i in (9, 2, 0, 5, 4, 3, 8, 1, 6)]  # of three each: 0-2 and 3-5 whole, 7 is lost
+    order = [trajectory.task_id for trajectory in whole_groups_first(there, 3)]
+    assert order == [2, 0, 1, 5, 4, 3, 8, 6, 9]
+
+
+def test_without_groups_a_batch_takes_what_came_first() -> None:
+    there = [make_trajectory(i) for i in (9, 2, 0)]
+    assert whole_groups_first(there, 1) == there

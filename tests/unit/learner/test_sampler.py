@@ -1,7 +1,10 @@
 from collections import Counter
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from services.contracts.problems import Problem
-from services.learner.sampler import TaskSampler, epoch_order
+from services.learner.sampler import TaskSampler, epoch_order, group_of
 
 PROBLEMS = [Problem(f"question {i}", (str(i),)) for i in range(37)]
 
@@ -39,3 +42,34 @@ def test_gold_answers_travel_with_the_question() -> None:
     task = make(-3).task(7, batch=4, min_version=2)
     assert task.gold == (task.problem.removeprefix("question "),)
     assert (task.batch, task.min_version) == (4, 2)
+
+
+def make_groups(samples_per_problem: int, seed: int = 1) -> TaskSampler:
+    return TaskSampler(PROBLEMS, seed=seed, min_attempts=1, max_attempts=5, samples_per_problem=samples_per_problem)
+
+
+def test_the_members_of_a_group_differ_in_nothing_but_their_seeds() -> None:
+    tasks = [make_groups(4).task(i, batch=2, min_version=1) for i in range(400)]
+    for start in range(0, 400, 4):
+        group = tasks[start : start + 4]
+        assert {group_of(task.task_id, 4) for task in group} == {start // 4}
+        assert len({(task.problem, task.gold, task.max_attempts, task.batch, task.min_version) for task in group}) == 1
+        seeds = [(task.seed + k) % 2**31 for task in group for k in range(task.max_attempts)]
+        assert len(set(seeds)) == len(seeds)  # of every attempt of every member
+
+
+def test_groups_go_through_the_problems_like_single_tasks_do() -> None:
+    single, groups = make(), make_groups(3)
+    for i in range(100):
+        task, first = single.task(i, batch=0, min_version=0), groups.task(3 * i, batch=0, min_version=0)
+        assert (first.problem, first.max_attempts, first.seed) == (task.problem, task.max_attempts, task.seed)
+
+
+@given(st.integers(1, 16), st.lists(st.integers(1, 100), max_size=20))
+def test_groups_are_issued_whole_whatever_was_lost(size: int, losses: list[int]) -> None:
+    first = 0
+    for missing in losses:
+        count = make_groups(size).count(first, missing)
+        assert missing <= count < missing + size
+        first += count
+        assert first % size == 0
