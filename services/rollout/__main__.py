@@ -1,15 +1,16 @@
 """Start a replica: `python -m services.rollout --config RUN/config.json --replica-id rollout-0 --port 8100`.
 
 Light door: arguments, configuration, environment, model folder and port are checked before vLLM is imported. A mistake
-in any of them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first, or given
-back when the grace period is over; a second one ends the process at once. What the replica cannot survive is the last
-line on standard error, and exit code 1.
+in any of them is one line on standard error and exit code 2. SIGTERM drains: dialogues in flight are finished first, or
+given back when the grace period is over; a second one ends the process at once. What the replica cannot survive is the
+last line on standard error, and exit code 1.
 """
 
 import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from services.rollout.gpu_lease import leased_gpus
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+NO_LAST_WORD = "ignore::UserWarning:multiprocessing.resource_tracker"  # it outlives the replica, and would have it
 CLOSE_S = 1  # for answers under way at the end: by then no dialogue is
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         port = listener.getsockname()[1]
         name = arguments.replica_id or f"{socket.gethostname()}-{port}"
         signals = Signals()
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), NO_LAST_WORD)))
         with leased_gpus(config, name):
             return asyncio.run(_serve(config, model, listener, replica_id=name, signals=signals))
     except ConfigError as error:

@@ -113,7 +113,8 @@ async def test_many_kills_lose_nothing_double_nothing_and_repeat_no_finished_att
 
     assert (report["trajectories"], report["twice"], report["lost"], report["dead_letters"]) == (NUM_TASKS, 0, 0, 0)
     assert report["left_in_ledger"] == 0
-    assert report["in_flight_at_kills"] >= 16 * 6
+    assert max(len(kill.in_flight) for kill in audit.kills) >= 16  # full; more: what its last life held, too
+    assert report["in_flight_at_kills"] > 6 * 12
     assert report["with_saved_attempts"] >= 16
     assert report["attempts_begun_again"] <= report["in_flight_at_kills"]  # only those under way at a death
     assert saved and all(begun[1000 * task_id + attempt] == 1 for task_id, attempt in set(saved))

@@ -4,15 +4,15 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from boxy_model import END, save_model
 from processes import Service, free_port
 from redis.asyncio import Redis
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load, to_toml_dict
 from services.contracts.ledger import Ledger
@@ -25,23 +25,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 RUN_S = 60.0
 TOKEN = "secret"
 TOLERANCE = 1e-3  # of a log-probability, both sides fp32
-BOX, SEVEN, END = "\\boxed{", "7", "<|im_end|>"
-
-
-def save_model(folder: Path) -> None:
-    """Random weights with a bias on a few tokens: an input-independent part of the hidden state lifts their rows."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    shape = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, **heads, tie_word_embeddings=False, initializer_range=0.1))
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 4.0
-        for text, lift in ((BOX, 1.3), (SEVEN, 1.3), ("}", 1.3), (END, 1.1)):
-            [token] = tokenizer.encode(text, add_special_tokens=False)
-            model.lm_head.weight[token, 0] = lift
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

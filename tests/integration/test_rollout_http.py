@@ -50,7 +50,13 @@ def replica(grader, tmp_path) -> ReplicaProcess:
     engine = FakeEngine([tokenizer.encode("\\boxed{2} etc", add_special_tokens=False)])
     replica.runner = DialogueRunner(config, engine=engine, grader=grader, tokenizer=tokenizer, replica_id="r")
     replica.worker = Worker(
-        MemoryLedger(), replica.runner, replica_id="r", version=lambda: 0, max_in_flight=4, lease_s=30, grader_timeout_s=5
+        MemoryLedger(),
+        replica.runner,
+        replica_id="r",
+        version=lambda: 0,
+        max_in_flight=4,
+        lease_s=30,
+        grader_timeout_s=5,
     )
     replica.trouble = None
     return replica
