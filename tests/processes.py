@@ -29,9 +29,9 @@ class Service:
 
     def __init__(self, name: str, config: RunConfig, port: int, *flags: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._log = config.run_dir / f"{name}-{port}.log"
+        self.log = config.run_dir / f"{name}-{port}.log"
         command = [sys.executable, "-m", f"services.{name}", "--config", str(config.run_dir / "config.json")]
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(port), *flags],
                 cwd=ROOT,
@@ -44,14 +44,14 @@ class Service:
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self._log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=5).status_code == httpx.codes.OK:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        pytest.fail(f"not ready within {START_S:g} s: {self._log.read_text()[-3000:]}")
+        pytest.fail(f"not ready within {START_S:g} s: {self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:
         """kill -9, the engine's process too."""

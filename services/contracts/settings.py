@@ -219,7 +219,7 @@ class RolloutSection(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
     max_in_flight: Positive = 64
-    """Dialogues running at once."""
+    """Dialogues running at once; fewer while the KV cache has no room for them."""
     max_num_seqs: Positive = 64
     """Sequences the engine decodes together."""
     kv_cache_mb: Positive = 256

@@ -28,6 +28,12 @@ class EngineStats:
         self.num_waiting = 0  # sequences
         self.kv_cache_used = 0.0  # 0 to 1
         self.num_preemptions = 0  # since the start
+        self._peak = 0.0
+
+    def take_peak(self) -> float:
+        """Most of `kv_cache_used` since the last call."""
+        peak, self._peak = self._peak, self.kv_cache_used
+        return peak
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -37,6 +43,7 @@ class EngineStats:
             self.num_running = scheduler_stats.num_running_reqs
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_cache_used = scheduler_stats.kv_cache_usage
+            self._peak = max(self._peak, self.kv_cache_used)
             RUNNING.set(self.num_running)
             WAITING.set(self.num_waiting)
             KV_CACHE.set(self.kv_cache_used)

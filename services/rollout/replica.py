@@ -12,6 +12,7 @@ from services.contracts.ledger import Ledger
 from services.contracts.registry import Registry, Replica
 from services.contracts.store import connect
 from services.grader.client import GraderClient
+from services.rollout.admission import Admission
 from services.rollout.runner import DialogueRunner, EngineDead
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.worker import Worker
@@ -31,6 +32,7 @@ class ReplicaProcess:
         self.engine = VllmEngine(config, model)
         self.runner: DialogueRunner
         self.worker: Worker
+        self.admission: Admission
         self.trouble: str | None = "the model is being loaded"
         self.done = asyncio.Event()
         self._replica_id, self._url = replica_id, url
@@ -55,7 +57,10 @@ class ReplicaProcess:
             )
             await self._announce(registry)
             self.trouble = None
-            log.info("replica ready", extra={"seconds": round(time.monotonic() - started, 1), "url": self._url})
+            phases = {name: round(seconds, 1) for name, seconds in self.engine.phases.items()}
+            log.info(
+                "replica ready", extra={"seconds": round(time.monotonic() - started, 1), **phases, "url": self._url}
+            )
             beating = asyncio.create_task(self._beat(registry))
             working = asyncio.create_task(self._work())
             try:
@@ -100,14 +105,28 @@ class ReplicaProcess:
             tokenizer=self.engine.tokenizer,
             replica_id=self._replica_id,
         )
+        self.admission = Admission(
+            self.config.rollout.max_in_flight,
+            capacity_tokens=self.engine.capacity_tokens,
+            max_model_len=self.config.model.max_model_len,
+        )
         self.worker = Worker(
             ledger,
             self.runner,
             replica_id=self._replica_id,
             version=lambda: self.engine.version,
-            max_in_flight=self.config.rollout.max_in_flight,
+            free_places=self._free_places,
             lease_s=self.config.redis.lease_s,
             grader_timeout_s=self.config.rollout.grader_timeout_s,
+        )
+
+    def _free_places(self, in_flight: int, num_completed: int) -> int:
+        stats = self.engine.stats
+        return self.admission.free(
+            in_flight,
+            num_completed=num_completed,
+            num_preemptions=stats.num_preemptions,
+            kv_cache_used=stats.take_peak(),
         )
 
     async def _beat(self, registry: Registry) -> None:

@@ -17,6 +17,7 @@ from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
 from services.rollout.environment import Grader, Judgement, ask, load_environment
 from services.rollout.events import FedBack, Judged, Listener, Prompted, Said, nobody
+from services.rollout.occupancy import Occupancy
 from services.rollout.text import PieceDecoder, TokenText
 
 RUNNING = Gauge("multiattempt_rollout_dialogues_running", "Dialogues under way, the ledger's and those asked for")
@@ -92,6 +93,7 @@ class DialogueRunner:
         self._replica_id = replica_id
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
         self._text = TokenText(tokenizer)
+        self._occupancy = Occupancy()
         self._since: dict[object, int] = {}  # dialogues under way -> the oldest weights that they may hold tokens of
         RUNNING.set_function(lambda: self.num_running)
         VERSION.set_function(lambda: engine.version)
@@ -149,10 +151,12 @@ class DialogueRunner:
         listen(Prompted(tuple(dialogue.token_ids)))
         while dialogue.finish_reason is None:
             asked = time.monotonic()
-            sampled, text = await self._sample(dialogue, listen)
+            with self._occupancy.sampling():
+                sampled, text = await self._sample(dialogue, listen)
             answered = time.monotonic()
             judge = self._environment.judge if grader is self._grader else ask
-            judgement = await judge(task, text, grader)
+            with self._occupancy.judging():
+                judgement = await judge(task, text, grader)
             judged = time.monotonic()
             generate_s, grade_s = generate_s + answered - asked, grade_s + judged - answered
             if judgement.verdict is Verdict.UNPARSABLE_GOLD:

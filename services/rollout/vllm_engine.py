@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ class VllmEngine:
         self.tokenizer: Any = None
         self.version = 0
         self.broken = ""
+        self.phases: dict[str, float] = {}
+        """What the start took, in seconds."""
 
     @property
     def device(self) -> str:
@@ -99,24 +102,49 @@ class VllmEngine:
             return "cpu"
         return f"cuda:{torch.cuda.get_device_properties(0).uuid}"
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Of the KV cache."""
+        cache = self.async_llm.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
+
     async def start(self) -> None:
         """Load the model, then generate once: the first request is slow, and that is not the first dialogue's fault."""
+        began = time.monotonic()
+        await asyncio.to_thread(self._import)  # elsewhere: /healthz answers meanwhile
+        imported = time.monotonic()
+        self.async_llm, self.tokenizer = await asyncio.to_thread(self._load)
+        loaded = time.monotonic()
+        await self.async_llm.update_weight_version(str(self.version))
+        await self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
+        self.phases = {"import": imported - began, "load": loaded - imported, "warm up": time.monotonic() - loaded}
+
+    def _import(self) -> None:
         if self._config.rollout.threads:
             os.environ["OMP_NUM_THREADS"] = str(self._config.rollout.threads)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        import vllm.v1.engine.async_llm  # noqa: F401 - seconds
+
+        from services.rollout.weights import register
+
+        register()
+
+    def _load(self) -> tuple[Any, Any]:
+        """The engine, its process started and its model loaded; and the tokenizer."""
         from transformers import AutoTokenizer
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-        from services.rollout.weights import BACKEND, register
+        from services.rollout.weights import BACKEND
 
-        register()
         settings, on_gpu = self._config.rollout, self._on_gpu()
         where: dict[str, Any] = (
-            {"gpu_memory_utilization": settings.gpu_memory_utilization} if on_gpu else self._cpu_arguments()
+            {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            if on_gpu
+            else cpu_arguments(kv_cache_mb=settings.kv_cache_mb, max_model_len=self._config.model.max_model_len)
         )
         arguments = AsyncEngineArgs(
             model=str(self._model),
@@ -136,14 +164,12 @@ class VllmEngine:
             disable_log_stats=True,
             **where,
         )
-        self.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._model)
         stats: Any = lambda config, index: self.stats  # noqa: E731
-        self.async_llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[stats])
+        async_llm: Any = AsyncLLM.from_engine_args(arguments, stat_loggers=[stats])
         # vLLM always adds its own logger, the last: some forty metrics, which cost time in every step.
-        self.async_llm.logger_manager.stat_loggers.pop()
+        async_llm.logger_manager.stat_loggers.pop()
         unregister_vllm_metrics()  # type: ignore[no-untyped-call]
-        await self.async_llm.update_weight_version(str(self.version))
-        await self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
+        return async_llm, AutoTokenizer.from_pretrained(self._model)
 
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
@@ -209,21 +235,23 @@ class VllmEngine:
         if self.async_llm is not None:
             self.async_llm.shutdown()
 
-    def _cpu_arguments(self) -> dict[str, Any]:
-        return {
-            "kv_cache_memory_bytes": self._config.rollout.kv_cache_mb << 20,
-            "block_size": BLOCK_TOKENS,
-            # Prompts are prefilled whole: after part of one, vLLM 0.32 rewinds a seeded request's generator, and a CPU
-            # generator cannot be rewound ("CPU Generator does not use offset"): the engine would die.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(BATCHED_TOKENS, self._config.model.max_model_len),
-        }
-
     def _on_gpu(self) -> bool:
         import torch
 
         choice = self._config.rollout.device
         return choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+
+
+def cpu_arguments(*, kv_cache_mb: int, max_model_len: int) -> dict[str, Any]:
+    """What vLLM's CPU engine is told beside the rest."""
+    return {
+        "kv_cache_memory_bytes": kv_cache_mb << 20,
+        "block_size": BLOCK_TOKENS,
+        # Prompts are prefilled whole: after part of one, vLLM 0.32 rewinds a seeded request's generator, and a CPU
+        # generator cannot be rewound ("CPU Generator does not use offset"): the engine would die.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
+    }
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Keeps tasks of the ledger running: claims up to a number in flight, renews their leases, completes them.
+"""Keeps tasks of the ledger running: claims while there are places (`admission`), renews leases, completes.
 
 How one dialogue runs is `runner`'s business. What can go wrong with one is decided here, and touches that one alone: a
 task that can never run is buried; when the grader is away or the generation was aborted it is given back; any other
@@ -91,13 +91,15 @@ class Worker:
         *,
         replica_id: str,
         version: Callable[[], int],
-        max_in_flight: int,
+        free_places: Callable[[int, int], int],
         lease_s: float,
         grader_timeout_s: float,
     ) -> None:
+        """version: of the weights in use. free_places: how many may begin, of dialogues in flight and completed."""
         self._ledger, self._runner = ledger, runner
         self._replica_id, self._version = replica_id, version
-        self._max_in_flight, self._lease_s, self._grader_timeout_s = max_in_flight, lease_s, grader_timeout_s
+        self._free_places, self._lease_s, self._grader_timeout_s = free_places, lease_s, grader_timeout_s
+        self._num_completed = 0
         self._running: dict[str, _Running] = {}  # by the task's entry in the ledger
         self._failed: set[str] = set()  # entries, since a dialogue was completed
         self._claims_from = self._drain_until = -math.inf  # on the monotonic clock
@@ -169,8 +171,8 @@ class Worker:
     async def _claim(self) -> bool:
         """Fill the free places; whether anything is running."""
         is_closed = self.is_draining or time.monotonic() < self._claims_from
-        free = 0 if is_closed else self._max_in_flight - len(self._running)
-        if free > 0:
+        free = self._free_places(len(self._running), self._num_completed)
+        if free > 0 and not is_closed:
             for claim in await self._ledger.claim(self._replica_id, self._version(), free):
                 running = self._running.get(claim.entry_id)
                 if running is not None and not running.is_leaving and not running.work.done():
@@ -219,6 +221,7 @@ class Worker:
         else:
             await saver.flush()
             completed = await self._ledger.complete(claim.entry_id, trajectory)
+            self._num_completed += 1
             self._failed.clear()
             self._graded_at = time.monotonic()
             DIALOGUES.labels("completed" if completed else "duplicate").inc()

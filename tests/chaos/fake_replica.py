@@ -97,7 +97,7 @@ async def main(url: str, run: str, replica_id: str, version: int, signals: Signa
         runner,
         replica_id=replica_id,
         version=lambda: version,
-        max_in_flight=MAX_IN_FLIGHT,
+        free_places=lambda in_flight, _: MAX_IN_FLIGHT - in_flight,
         lease_s=LEASE_S,
         grader_timeout_s=10.0,
     )

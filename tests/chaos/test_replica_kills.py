@@ -89,24 +89,31 @@ async def collect(ledger: Ledger, replicas: Replicas, found: list[Trajectory], c
         assert time.monotonic() < deadline, (len(found), await ledger.depth())
 
 
+async def attempts_begun(redis: Redis) -> dict[int, int]:
+    """How often each attempt has begun, by its seed."""
+    return {int(seed): int(count) for seed, count in (await redis.hgetall("begun")).items()}
+
+
 async def test_many_kills_lose_nothing_double_nothing_and_repeat_no_finished_attempt(
     ledger: Ledger, redis: Redis, replicas: Replicas
 ) -> None:
     chance, audit, found = random.Random(4), Audit(), list[Trajectory]()
     for name in ("rollout-0", "rollout-1"):
         replicas.start(name)
-    saved: list[tuple[int, int]] = []  # (task, attempt) that were finished when their replica died
+    finished: dict[int, int] = {}  # seed of an attempt that was saved when its replica died -> how often it had begun
     for _ in range(6):
         await until_running(ledger, 32)  # both full
         await asyncio.sleep(chance.uniform(0.2, 0.8))
         name = chance.choice(("rollout-0", "rollout-1"))
         await replicas.end(name, signal.SIGKILL)
         killed = await audit.note_death(redis, RUN, name)
-        saved += [(task_id, attempt) for task_id, one in killed.saved.items() for attempt in range(len(one.attempts))]
+        begun = await attempts_begun(redis)
+        seeds = [1000 * task_id + k for task_id, one in killed.saved.items() for k in range(len(one.attempts))]
+        finished |= {seed: begun[seed] for seed in seeds}
         replicas.start(name)  # under the same id, while its old tasks are still leased to it
         found += [taken.trajectory for taken in await ledger.take("test", NUM_TASKS, 0.0)]
     await collect(ledger, replicas, found, NUM_TASKS)
-    begun = {int(seed): int(count) for seed, count in (await redis.hgetall("begun")).items()}
+    begun = await attempts_begun(redis)
     report = audit.report(NUM_TASKS, found, await ledger.depth())
     report["attempts_begun_again"] = sum(count - 1 for count in begun.values())
     sys.stdout.write(f"ledger audit: {json.dumps(report)}\n")
@@ -117,7 +124,7 @@ async def test_many_kills_lose_nothing_double_nothing_and_repeat_no_finished_att
     assert report["in_flight_at_kills"] > 6 * 12
     assert report["with_saved_attempts"] >= 16
     assert report["attempts_begun_again"] <= report["in_flight_at_kills"]  # only those under way at a death
-    assert saved and all(begun[1000 * task_id + attempt] == 1 for task_id, attempt in set(saved))
+    assert finished and {seed: begun[seed] for seed in finished} == finished  # none of them was begun again
     assert any(len({span.version for span in trajectory.versions}) > 1 for trajectory in found)
     assert all(len(trajectory.attempts) == ATTEMPTS for trajectory in found)
     assert await redis.hlen(f"ma:{{{RUN}}}:progress") == 0

@@ -54,7 +54,7 @@ def replica(grader, tmp_path) -> ReplicaProcess:
         replica.runner,
         replica_id="r",
         version=lambda: 0,
-        max_in_flight=4,
+        free_places=lambda in_flight, _: 4 - in_flight,
         lease_s=30,
         grader_timeout_s=5,
     )

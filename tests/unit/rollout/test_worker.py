@@ -61,7 +61,9 @@ class ScriptedRunner:
 
 
 def progress_of(task, attempts):
-    dialogue = Dialogue(task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2])
+    dialogue = Dialogue(
+        task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2], reward_of=lambda _: 1.0
+    )
     for _ in range(attempts):
         dialogue.add_attempt(ATTEMPT, verdict=Verdict.INCORRECT, extracted="3", grading_ms=1.0)
         dialogue.add_feedback([7])
@@ -69,7 +71,9 @@ def progress_of(task, attempts):
 
 
 def trajectory_of(task):
-    dialogue = Dialogue(task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2])
+    dialogue = Dialogue(
+        task=task, settings=DialogueSection(), max_model_len=99, token_ids=[1, 2], reward_of=lambda _: 1.0
+    )
     dialogue.add_attempt(ATTEMPT, verdict=Verdict.CORRECT, extracted="2", grading_ms=1.0)
     return dialogue.trajectory(replica_id="r", timings=NO_TIME)
 
@@ -80,7 +84,7 @@ def make_worker(ledger, runner, *, max_in_flight=4, lease_s=60.0, version=0):
         runner,
         replica_id="r",
         version=lambda: version,
-        max_in_flight=max_in_flight,
+        free_places=lambda in_flight, _: max_in_flight - in_flight,
         lease_s=lease_s,
         grader_timeout_s=10.0,
     )
