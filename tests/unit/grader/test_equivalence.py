@@ -1,7 +1,9 @@
 r"""When an answer equals a gold answer."""
 
+import gc
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -200,12 +202,22 @@ def test_garbage_is_incorrect_and_raises_nothing(answer: str) -> None:
     assert compare(answer, ["5"], alarm_s=2).verdict in (Verdict.INCORRECT, Verdict.TIMEOUT)
 
 
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """hypothesis hooks the garbage collector; an alarm that rings inside the hook is swallowed. Workers have none."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
 def test_a_comparison_past_the_alarm_is_a_timeout_and_not_incorrect() -> None:
     unfinished = r"\int e^{x^{2}} \sin(x^{3}) \log(x) dx"  # only a gold answer goes as far as sympy's integration
     assert compare("x+1", [unfinished], alarm_s=1).verdict is Verdict.TIMEOUT
     assert compare(unfinished, ["x+1"], alarm_s=1).verdict is Verdict.INCORRECT
 
 
+@pytest.mark.usefixtures("no_gc")
 def test_a_gold_answer_past_the_alarm_costs_the_others_nothing() -> None:
     unfinished = r"\int e^{x^{2}} \sin(x^{3}) \log(x) dx"
     assert compare("x+1", [unfinished, "1+x"], alarm_s=1).verdict is Verdict.CORRECT
