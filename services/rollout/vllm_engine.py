@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.contracts.config import RunConfig
+from services.contracts.config import ConfigError, RunConfig
 from services.contracts.wire import Sampling
 from services.rollout.engine_stats import EngineStats
 from services.rollout.runner import Delta, EngineDead, GenerationAborted
@@ -124,6 +124,8 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(self._config.rollout.threads)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if not self._on_gpu() and self._config.model.dtype == "bfloat16":
+            _check_amx()
         import vllm.v1.engine.async_llm  # noqa: F401 - seconds
 
         from services.rollout.weights import register
@@ -252,6 +254,17 @@ def cpu_arguments(*, kv_cache_mb: int, max_model_len: int) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
     }
+
+
+def _check_amx() -> None:
+    """Raises ConfigError where vLLM would choose AMX kernels, by what the CPU can do, and the kernel forbids them."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise ConfigError(
+            'model.dtype: "bfloat16" needs the AMX tiles of this CPU, and its kernel (or sandbox) does not grant them '
+            'to a process; set model.dtype = "float32", or run on Linux 5.16 or newer'
+        )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,12 @@ DIGEST_CHARS = 16
 
 
 def register() -> None:
-    """vLLM's plug-in entry point; it may run several times in one process."""
+    """vLLM's plug-in entry point, in each of vLLM's processes; it may run several times in one.
+
+    Asks the kernel for AMX tiles where the CPU has them: vLLM's bf16 attention uses them, but leaves the asking to
+    oneDNN, and a model whose matrices are all below 1 MiB never loads that. It would die of an illegal instruction.
+    """
+    torch.cpu._init_amx()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
