@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 
 from services.contracts.telemetry import add_health
-from services.contracts.web import BodyLimit, add_problems
+from services.contracts.web import BodyLimit, Problem, add_problems
 from services.rollout.access import REFUSALS, WHERE, controller_only, is_local
-from services.rollout.dialogues import FAILURES, MALFORMED, dialogue_routes
+from services.rollout.dialogues import MALFORMED, dialogue_routes
 from services.rollout.protocol import (
     MAX_BODY_BYTES,
     DrainResponse,
@@ -30,6 +30,14 @@ from services.rollout.weight_control import WeightControl, create_router
 
 PATIENCE_S = 600.0  # for a person's verdict
 ENGINE_TIMEOUT_S = 60.0  # of a control call
+NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"model": Problem, "description": "The replica is not ready, or its engine does not answer"}
+}
+TRANSFER_FAILURES: dict[int | str, dict[str, Any]] = {
+    409: {"model": Problem, "description": "Another membership generation, or a version that is not staged here"},
+    500: {"model": Problem, "description": "The swap failed half-way: the replica ends"},
+    502: {"model": Problem, "description": "A step failed or took too long; the weights in use stay"},
+}
 
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
@@ -49,19 +57,21 @@ def create_app(replica: ReplicaProcess, *, patience_s: float = PATIENCE_S) -> Fa
     token, host = replica.config.rollout.control_token, replica.config.rollout.host
     if not token and not is_local(host, {}):
         log.warning(f"no {WHERE}: control answers only to programs on this machine", extra={"host": host})
-    guarded: dict[str, Any] = {
-        "dependencies": [Depends(controller_only(token))],
-        "responses": {**REFUSALS, **MALFORMED, **FAILURES},
-    }
-    app.include_router(_control(replica), **guarded)
-    app.include_router(create_router(weights), **guarded)
+    controller = Depends(controller_only(token))
+    refusals = {**REFUSALS, **MALFORMED, **NOT_READY}
+    app.include_router(_control(replica), dependencies=[controller], responses=refusals)
+    app.include_router(
+        create_router(weights),
+        dependencies=[controller, Depends(_loaded(replica))],
+        responses={**refusals, **TRANSFER_FAILURES},
+    )
     return app
 
 
 def _weights(replica: ReplicaProcess, control: WeightControl) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["weights"])
 
-    @router.get("/weights")
+    @router.get("/weights", dependencies=[Depends(_running(replica))], responses=NOT_READY)
     async def weights() -> WeightsResponse:
         """The version that generation uses now, and how it came."""
         history = [SwapBody(**asdict(swap)) for swap in reversed(control.history)]
@@ -119,6 +129,16 @@ def _running(replica: ReplicaProcess) -> Callable[[], None]:
     def check() -> None:
         if replica.trouble:
             raise HTTPException(503, replica.trouble)
+
+    return check
+
+
+def _loaded(replica: ReplicaProcess) -> Callable[[], None]:
+    """A dependency that wants a replica whose engine is there; the learner itself finds out whether it works."""
+
+    def check() -> None:
+        if replica.engine.async_llm is None:
+            raise HTTPException(503, replica.trouble or "the model is being loaded")
 
     return check
 

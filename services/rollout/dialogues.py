@@ -12,7 +12,7 @@ from services.rollout.events import Event, FedBack, Judged, Prompted, Said
 from services.rollout.protocol import EVENTS, DialogueRequest, DialogueResponse, TurnBody, VerdictRequest
 from services.rollout.replica import ReplicaProcess
 from services.rollout.runner import EngineDead, GenerationAborted, UnrunnableTask
-from services.rollout.streaming import Emit, EventStream, People, PersonAsGrader, while_connected
+from services.rollout.streaming import Emit, EventStream, People, PersonAsGrader, unless, while_connected
 
 MAX_DIALOGUES = 1024  # under way at once, the ledger's among them
 RETRY_AFTER_S = 1
@@ -89,8 +89,9 @@ async def _run(replica: ReplicaProcess, body: DialogueRequest, emit: Emit, peopl
     )
     narrator = _Narrator(replica, task, emit)
     grader: Grader | None = None if body.gold else PersonAsGrader(people, narrator.put_question)
+    running = replica.runner.run(task, listen=narrator.tell, grader=grader)
     try:
-        trajectory = await replica.runner.run(task, listen=narrator.tell, grader=grader)
+        trajectory = await unless(replica.done.wait(), running, HTTPException(503, "the replica is stopping"))
     except UnrunnableTask as error:
         raise HTTPException(422, str(error)) from error
     except (GraderUnavailableError, GenerationAborted, EngineDead) as error:

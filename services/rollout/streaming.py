@@ -3,11 +3,11 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import HTTPException, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from services.contracts.web import problem_body
 from services.contracts.wire import Verdict
@@ -16,7 +16,7 @@ from services.rollout.protocol import server_sent_event
 
 CLIENT_GONE = 499  # nobody reads this answer; it is for logs and counters
 HEARTBEAT_S = 10.0
-SEND_TIMEOUT_S = 60.0  # a client that reads nothing for so long has gone
+SEND_TIMEOUT_S = 60.0
 
 Emit = Callable[[str, dict[str, Any]], None]  # an event's name and data
 
@@ -27,12 +27,15 @@ class EventStream(Response):
     """Runs `work` and sends what it emits, then its `result`. What fails before the first event has its own status.
 
     work: raises HTTPException for what the client is to be told; anything else is a bug, told as such and raised.
+    send_timeout_s: a client that takes nothing for so long has gone.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, work: Callable[[Emit], Coroutine[Any, Any, dict[str, Any]]]) -> None:
-        self._work = work
+    def __init__(
+        self, work: Callable[[Emit], Coroutine[Any, Any, dict[str, Any]]], *, send_timeout_s: float = SEND_TIMEOUT_S
+    ) -> None:
+        self._work, self._send_timeout_s = work, send_timeout_s
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
@@ -51,8 +54,7 @@ class EventStream(Response):
             events.put_nowait(server_sent_event(name, data))
 
         async def put(body: bytes, *, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": body, "more_body": more}
-            await asyncio.wait_for(send(message), SEND_TIMEOUT_S)
+            await self._deliver(send, {"type": "http.response.body", "body": body, "more_body": more})
 
         working = asyncio.create_task(self._work(emit))
         working.add_done_callback(lambda _: events.put_nowait(None))
@@ -60,7 +62,8 @@ class EventStream(Response):
             event = await events.get()
             if event is None:
                 working.result()  # it failed before it began: the status says so
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            await self._deliver(send, start)
             while event is not None:
                 await put(event)
                 try:
@@ -80,26 +83,37 @@ class EventStream(Response):
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
 
+    async def _deliver(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send(message)
+        except TimeoutError as error:
+            raise HTTPException(CLIENT_GONE, "the client reads nothing") from error
+
+
+async def unless(ends: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, _T], refusal: HTTPException) -> _T:
+    """Await `work`, but cancel it and raise `refusal` when `ends` does so first."""
+    working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ends)
+    try:
+        await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise refusal
+        return working.result()
+    finally:
+        for future in (working, ending):
+            future.cancel()
+        await asyncio.gather(working, ending, return_exceptions=True)
+
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """Await `work`, but cancel it when the client hangs up: FastAPI would let it run, and the engine sample, on.
 
     Raises HTTPException CLIENT_GONE then.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise HTTPException(CLIENT_GONE, "the client hung up")
-        return working.result()
-    finally:
-        for future in (working, leaving):
-            future.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+    return await unless(_left(receive), work, HTTPException(CLIENT_GONE, "the client hung up"))
 
 
-async def _left(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
