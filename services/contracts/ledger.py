@@ -7,8 +7,13 @@
 
 Each step is one Lua script (`lua/*.lua`, whose first lines say what it does and why repeating it does no harm: the
 client repeats a command whose reply was lost). So after any crash a task is in exactly one place: waiting, leased,
-a trajectory, or a dead letter. `live[batch]` counts tasks and trajectories of a batch that still exist; the learner
-issues what is missing from it, and that alone replaces dead, dropped and lost ones.
+a trajectory, or settled: `settled` keeps its fate until a durable checkpoint has it (`books`). `live[batch]` counts
+tasks and trajectories of a batch that still exist; the learner issues what is missing from it, and that alone replaces
+dead, dropped and lost ones.
+
+Nothing grows with the run. Tasks exist for the batches that may run now and no others, so that tasks and trajectories
+together are at most (max_staleness + 1) batches and those since the last checkpoint, however far rollout could run
+ahead; what is trained, dropped or acknowledged is deleted; dead letters are trimmed.
 
 Beside the tasks is `progress`: a dialogue between two attempts, by the task's entry. Its holder saves it, the next
 claim hands it over, and it goes with the entry. A claim counts against `max_deliveries` when nothing came of it: no
@@ -21,13 +26,14 @@ and when a checkpoint is durable is left to the learner; running the dialogues t
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from services.contracts.books import Snapshot, TaskRef
 from services.contracts.wire import (
     Progress,
     Task,
@@ -42,7 +48,8 @@ POLL_S = 0.02  # the learner looks for trajectories this often; a blocked connec
 TAKE_LIMIT = 256  # trajectories in one reply: some megabytes
 
 _SCRIPTS = (
-    "issue", "restore", "claim", "renew", "release", "save", "complete", "bury", "take", "drop", "acknowledge", "depth"
+    "issue", "claim", "renew", "release", "save", "complete", "bury", "take", "drop", "acknowledge", "depth",
+    "snapshot", "reconcile",
 )  # fmt: skip
 
 
@@ -110,6 +117,9 @@ class Ledger:
         self._next_task = f"{prefix}next_task"
         self._version_floor = f"{prefix}version_floor"
         self._live = f"{prefix}live"
+        self._settled = f"{prefix}settled"
+        self._durable = f"{prefix}durable"
+        self._server = f"{prefix}server"
         self._scanned = f"{prefix}scanned"
         folder = resources.files("services.contracts") / "lua"
         prelude = (folder / "prelude.lua").read_text(encoding="utf-8")
@@ -144,10 +154,6 @@ class Ledger:
         keys = [self._next_task, self._tasks, self._live, self._version_floor]
         return int(await self._run("issue", keys, expected_next, *fields))
 
-    async def restore(self, counter: int) -> int:
-        """Move the issue counter forward to `counter` where it is behind: a lost Redis volume. Returns the counter."""
-        return int(await self._run("restore", [self._next_task], counter))
-
     async def live(self) -> dict[int, int]:
         """Batch -> tasks and trajectories of it that exist. A batch without any may be missing."""
         counts = cast(dict[bytes, bytes], await self._redis.hgetall(self._live))
@@ -162,7 +168,8 @@ class Ledger:
         """
         if n < 1:
             return []
-        keys = [self._tasks, self._dead, self._live, self._progress, self._version_floor, self._scanned]
+        keys = [self._tasks, self._dead, self._live, self._progress, self._settled]
+        keys += [self._version_floor, self._scanned]
         found = await self._run("claim", keys, consumer, version, n, self._lease_ms, self._max_deliveries)
         return [
             Claim(
@@ -202,7 +209,7 @@ class Ledger:
     async def bury(self, entry_id: str, task: Task, reason: str) -> bool:
         """Move a task that can never succeed to the dead letters. False: it was done or buried already."""
         log.warning("dead letter", extra={"task_id": task.task_id, "batch": task.batch, "reason": reason})
-        keys = [self._tasks, self._dead, self._live, self._progress]
+        keys = [self._tasks, self._dead, self._live, self._progress, self._settled]
         return bool(await self._run("bury", keys, entry_id, reason))
 
     # The learner takes
@@ -230,19 +237,53 @@ class Ledger:
                 return []
             await asyncio.sleep(pause_s)
 
-    async def drop(self, entry_ids: Iterable[str]) -> int:
-        """Throw away taken trajectories (too old); their batches then lack them. Returns how many existed."""
+    async def drop(self, entry_ids: Iterable[str], reason: str) -> int:
+        """Throw away taken trajectories; their batches then lack them. Returns how many existed."""
         ids = list(entry_ids)
-        dropped = int(await self._run("drop", [self._trajectories, self._live], *ids))
+        keys = [self._trajectories, self._live, self._settled]
+        dropped = int(await self._run("drop", keys, reason, *ids))
         self._held.difference_update(ids)
         return dropped
 
-    async def acknowledge(self, entry_ids: Iterable[str], through_batch: int) -> int:
-        """Delete trajectories that a durable checkpoint contains; forget the counts of batches <= through_batch."""
+    async def close_batches(self, through_batch: int) -> Snapshot:
+        """Take back the tasks of batches <= through_batch, which have been trained. Returns what there is then.
+
+        No trajectory of these batches can appear after it.
+        """
+        return await self._snapshot(through_batch + 1)
+
+    async def acknowledge(self, entry_ids: Iterable[str], through_batch: int, settled: Iterable[int] = ()) -> int:
+        """Delete what a durable checkpoint contains; forget the counts of batches <= through_batch.
+
+        entry_ids: trajectories. settled: tasks whose fate is in its books. Returns how many trajectories there were.
+        """
         ids = list(entry_ids)
-        deleted = int(await self._run("acknowledge", [self._trajectories, self._live], through_batch, *ids))
+        keys = [self._tasks, self._trajectories, self._live, self._settled, self._durable]
+        deleted = int(await self._run("acknowledge", keys, through_batch + 1, len(ids), *ids, *settled))
         self._held.difference_update(ids)
         return deleted
+
+    async def may_lack_writes(self) -> bool:
+        """Whether the server process is another one than at the last `reconcile`, or was emptied since."""
+        information = await self._redis.info("server")
+        known = await self._redis.get(self._server)
+        return known != str(information["run_id"]).encode()
+
+    async def reconcile(self, counter: int, version: int, *, forget: Iterable[int], gone: Mapping[int, str]) -> None:
+        """Mend a ledger that lost writes, or that a dead learner left behind; `take` then begins anew.
+
+        Moves the issue counter forward to `counter` where it is behind; `version` is the learner's checkpoint's.
+        forget: tasks settled in its books, wherever they are. gone: the fates of tasks that are nowhere.
+        """
+        keys = [
+            self._tasks, self._trajectories, self._live, self._progress, self._settled, self._next_task, self._durable,
+            self._server,
+        ]  # fmt: skip
+        forgotten = list(forget)
+        fates = [word for task_id, fate in gone.items() for word in (task_id, fate)]
+        server = str((await self._redis.info("server"))["run_id"])
+        await self._run("reconcile", keys, counter, version, server, len(forgotten), *forgotten, *fates)
+        await self.open()
 
     # Anyone looks
 
@@ -250,10 +291,33 @@ class Ledger:
         """How many tasks and trajectories are where, at one moment."""
         return Depth(*map(int, await self._run("depth", [self._tasks, self._trajectories, self._dead])))
 
+    async def snapshot(self) -> Snapshot:
+        """Every task and its place, at one moment. Reads only; costs the server about 20 us a trajectory."""
+        return await self._snapshot(0)
+
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
         """The newest dead letters, newest first."""
         entries = cast(_Entries, await self._redis.xrevrange(self._dead, count=limit))
         return [DeadLetter(decode_task(fields[b"task"]), fields[b"reason"].decode()) for _, fields in entries]
+
+    async def _snapshot(self, first_open: int) -> Snapshot:
+        keys = [
+            self._tasks, self._trajectories, self._dead, self._live, self._progress, self._settled, self._next_task,
+            self._durable,
+        ]  # fmt: skip
+        next_task, durable, tasks, found, settled, dead = await self._run("snapshot", keys, first_open)
+        refs = [TaskRef(int(task_id), int(batch)) for task_id, batch in zip(tasks[::3], tasks[1::3], strict=True)]
+        placed = list(zip(refs, map(int, tasks[2::3]), strict=True))
+        trajectories = zip(found[::3], found[1::3], found[2::3], strict=True)
+        return Snapshot(
+            next_task=int(next_task),
+            durable=int(durable),
+            queued=[ref for ref, is_running in placed if not is_running],
+            running=[ref for ref, is_running in placed if is_running],
+            trajectories={entry.decode(): TaskRef(int(task_id), int(batch)) for entry, task_id, batch in trajectories},
+            settled={int(task_id): fate.decode() for task_id, fate in zip(settled[::2], settled[1::2], strict=True)},
+            dead=[int(task_id) for task_id in dead],
+        )
 
     async def _run(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
         try:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from services.contracts.books import Books
+
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _TEMPORARY = ".partial-"
@@ -31,6 +33,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     world_size: int  # learner ranks that wrote it
     zero_stage: int
     dtype: str
+    books: Books = Books()  # what became of the tasks, through this version
     files: dict[str, int] = {}  # relative path -> bytes
     schema: int = SCHEMA_VERSION
 

@@ -2,7 +2,7 @@
 
 Everything that can be lost is either in Redis or in a checkpoint: trajectories stay pending until the checkpoint
 that contains their update is durable, and what a batch lacks, for whatever reason, is issued anew (`_issue`).
-The arithmetic is `Trainer`'s, the transfer of weights the publisher's.
+The arithmetic is `Trainer`'s, the transfer of weights the publisher's, the account of every task the bookkeeper's.
 """
 
 import asyncio
@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from services.contracts.books import INVALID, STALE, Books
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
 from services.learner.batch import defect, whole_groups_first
+from services.learner.bookkeeper import Bookkeeper
 from services.learner.checkpoint import CheckpointError
 from services.learner.sampler import TaskSampler
 
@@ -37,11 +39,12 @@ class TrainerLike(Protocol):
 
     version: int
     next_task: int
+    books: Books
 
     def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """One update; `version` goes up by one."""
 
-    def save(self, next_task: int) -> Path:
+    def save(self, next_task: int, books: Books) -> Path:
         """A durable checkpoint, or CheckpointError."""
 
 
@@ -100,15 +103,14 @@ class Loop:
         self._next_task = 0
         self._saved_version = trainer.version
         self._held: dict[int, dict[int, Taken]] = {}  # batch -> task_id -> trajectory, in order of arrival
-        self._entries: dict[int, list[str]] = {}  # batch -> stream entries to delete once it is durable
+        self._bookkeeper = Bookkeeper(ledger, trainer.books)
         self._dropped = self._stale = 0  # trajectories since the last step: all that were dropped, the too old of them
         self._issued = 0
 
     async def run(self) -> None:
         """Train until the last step, or until `stop`. Raises StarvedError when no batch fills in time."""
         await self._ledger.open()
-        self._next_task = await self._ledger.restore(self._trainer.next_task)
-        await self._ledger.acknowledge([], self._trainer.version - 1)  # a crash between checkpoint and acknowledging
+        self._next_task = await self._bookkeeper.begin(self._trainer.version, self._trainer.next_task)
         await self._publisher.publish(self._trainer.version)
         self.trouble = None
         while self._trainer.version < self._steps:
@@ -120,7 +122,8 @@ class Loop:
             version = self._trainer.version
             if not self.stop.is_set():  # the replicas work while the checkpoint is written
                 await self._issue(version)
-            if version % self._settings.checkpoint_every == 0 or version == self._steps:
+            is_due = version % self._settings.checkpoint_every == 0 or version == self._steps
+            if is_due and version > self._saved_version:
                 figures["checkpoint_s"] = await self._save()
             figures["step_s"] = time.monotonic() - started
             figures["dialogues_per_s"] = len(batch) / figures["step_s"]
@@ -134,6 +137,7 @@ class Loop:
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
         figures |= await asyncio.to_thread(self._trainer.train, batch)
+        self._bookkeeper.note_trained(self._trainer.version, [trajectory.task_id for trajectory in batch])
         started = time.monotonic()
         if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
             report = await self._publisher.publish(self._trainer.version)
@@ -168,6 +172,8 @@ class Loop:
 
     async def _issue(self, version: int) -> None:
         """Issue what the batches that may run now lack: the one rule for new, replaced and lost tasks."""
+        if await self._ledger.may_lack_writes():
+            await self._reconcile()
         live = await self._ledger.live()
         stale_by = self._settings.max_staleness
         for batch in range(version, min(version + stale_by, self._steps - 1) + 1):
@@ -181,34 +187,46 @@ class Loop:
             if self._next_task == first + count:  # else the counter was elsewhere: the next round tries again
                 self._issued += count
 
+    async def _reconcile(self) -> None:
+        """Redis was restarted or emptied: give up what only this process still has, so that it is issued anew."""
+        held = [task_id for batch in self._held.values() for task_id in batch]
+        found = await self._bookkeeper.reconcile(self._saved_version, self._next_task, held)
+        for there in self._held.values():
+            for task_id in found.given_up & there.keys():
+                del there[task_id]
+        told = {"lost": found.num_lost, "given_up": len(found.given_up), "unsaved": found.num_unsaved}
+        log.warning("Redis was restarted; the ledger is in line with the books again", extra=told)
+        if found.num_unsaved:  # what a restarted learner would train on is gone: do not depend on it
+            await self._save()
+
     async def _admit(self, taken: Taken, version: int) -> None:
         trajectory = taken.trajectory
         held = self._held.setdefault(trajectory.batch, {}) if trajectory.batch >= version else {}
         if trajectory.batch < version or trajectory.task_id in held:
-            # Trained already, or a second copy out of a Redis that lost its last second: it goes with its batch.
-            self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
-        elif reason := defect(trajectory):
-            await self._discard(taken, reason)
+            return  # a spare one, or a second copy out of a Redis that lost its last second: it goes with its batch
+        if reason := defect(trajectory):
+            await self._discard(taken, INVALID, detail=reason)
         elif trajectory.oldest_version < trajectory.batch - self._settings.max_staleness:
             self._stale += 1
-            await self._discard(taken, "too old")
+            await self._discard(taken, STALE, detail=f"version {trajectory.oldest_version}")
         else:
             held[trajectory.task_id] = taken
-            self._entries.setdefault(trajectory.batch, []).append(taken.entry_id)
 
-    async def _discard(self, taken: Taken, reason: str) -> None:
+    async def _discard(self, taken: Taken, reason: str, *, detail: str) -> None:
         """Drop a trajectory; its batch then lacks one, which `_issue` makes good."""
         self._dropped += 1
-        await self._ledger.drop([taken.entry_id])
+        await self._ledger.drop([taken.entry_id], reason)
         trajectory = taken.trajectory
-        log.info("dropped", extra={"task_id": trajectory.task_id, "batch": trajectory.batch, "reason": reason})
+        told = {"task_id": trajectory.task_id, "batch": trajectory.batch, "reason": reason, "detail": detail}
+        log.info("dropped", extra=told)
 
     async def _save(self) -> float:
         """Save and acknowledge; while the disk is full the run waits here. Returns the seconds it took."""
         started, version = time.monotonic(), self._trainer.version
         while True:
+            closed = await self._bookkeeper.close(version)
             try:
-                await asyncio.to_thread(self._trainer.save, self._next_task)
+                await asyncio.to_thread(self._trainer.save, self._next_task, closed.books)
                 break
             except CheckpointError as error:
                 self.trouble = f"paused: {error}"
@@ -219,9 +237,7 @@ class Loop:
                     return time.monotonic() - started
                 await self._pause(RETRY_SAVE_S)
         self.trouble, self._saved_version = None, version
-        durable = [batch for batch in self._entries if batch < version]
-        entries = [entry for batch in durable for entry in self._entries.pop(batch)]
-        await self._ledger.acknowledge(entries, version - 1)
+        await self._bookkeeper.acknowledge(closed)
         return time.monotonic() - started
 
     async def _pause(self, seconds: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from services.contracts.books import Books
 from services.contracts.config import ConfigError, RunConfig, model_path
 from services.contracts.wire import Trajectory, decode_trajectory, encode
 from services.learner.checkpoint import Checkpoints, Manifest
@@ -54,6 +55,7 @@ class Trainer:
         self.source = WeightSource(self.actor, ranks)
         self.version = 0  # policy updates done
         self.next_task = 0  # the issue counter in the checkpoint that this run continues from
+        self.books = Books()  # its books
         self._checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=learner.checkpoint_keep)
 
     @classmethod
@@ -84,14 +86,14 @@ class Trainer:
             self.ranks.share([encode(trajectory) for trajectory in trajectories])
         return self._train(trajectories)
 
-    def save(self, next_task: int) -> Path:
+    def save(self, next_task: int, books: Books) -> Path:
         """Rank 0: write a checkpoint of the present version; durable when this returns.
 
         Raises CheckpointError when the disk refuses, after which saving may be tried again. With several ranks only
         lack of space found beforehand is reported so; a failure half way ends the process, because the others wait.
         """
         need = self.actor.checkpoint_bytes + self.critic.checkpoint_bytes + self.source.num_bytes
-        manifest = self._manifest(next_task)
+        manifest = self._manifest(next_task, books)
         if self.ranks.world == 1:
             return self._checkpoints.save(manifest, self._write, need_bytes=need)
         target = self._checkpoints.begin(self.version, need_bytes=need)
@@ -139,7 +141,7 @@ class Trainer:
             log.info("no checkpoint yet, starting at version 0")
             return
         path, manifest = found
-        now = self._manifest(0)
+        now = self._manifest(0, Books())
         for name, setting in (
             ("world_size", "learner.processes"),
             ("zero_stage", "learner.zero_stage"),
@@ -153,13 +155,14 @@ class Trainer:
                 )
         self.actor.load(path / "actor")
         self.critic.load(path / "critic")
-        self.version, self.next_task = manifest.version, manifest.next_task
+        self.version, self.next_task, self.books = manifest.version, manifest.next_task, manifest.books
         log.info("resumed", extra={"version": self.version, "checkpoint": str(path)})
 
-    def _manifest(self, next_task: int) -> Manifest:
+    def _manifest(self, next_task: int, books: Books) -> Manifest:
         return Manifest(
             version=self.version,
             next_task=next_task,
+            books=books,
             seed=self._config.run.seed,
             world_size=self.ranks.world,
             zero_stage=self._config.learner.zero_stage,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from learner_data import make_trajectory
 
+from services.contracts.books import Books
 from services.contracts.config import load_resolved
 from services.learner.trainer import Trainer
 
@@ -32,7 +33,7 @@ def main() -> None:
     torch.save(dict(trainer.source), output / "actor.pt")
     names = [meta.name for meta in trainer.source.metadata()]
     assert names == list(dict(trainer.source))
-    trainer.save(next_task=7)
+    trainer.save(next_task=7, books=Books())
     (output / "metrics.json").write_text(json.dumps({"figures": figures, "start": trainer.next_task}))
     trainer.close()
 

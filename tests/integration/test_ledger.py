@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
+from services.contracts.books import STALE
 from services.contracts.ledger import Claim, Depth, Ledger
 from services.contracts.store import connect
 from services.contracts.valkey import EmbeddedValkey
@@ -141,9 +142,10 @@ async def test_opening_again_changes_nothing(ledger: Ledger) -> None:
     assert await ledger.depth() == Depth(1, 1, 0, 0, 0)
 
 
-async def test_restore_moves_the_counter_forward_and_never_back(ledger: Ledger) -> None:
-    assert await ledger.restore(10) == 10
-    assert await ledger.restore(3) == 10
+async def test_reconciling_moves_the_counter_forward_and_never_back(ledger: Ledger) -> None:
+    for counter in (10, 3):
+        await ledger.reconcile(counter, 0, forget=[], gone={})
+        assert await ledger.next_task() == 10
     assert await ledger.issue(10, [task(10)]) == 11
 
 
@@ -417,8 +419,8 @@ async def test_dropping_makes_room_for_a_replacement(ledger: Ledger) -> None:
     await issue(ledger, 2, batch=1)
     await finish(ledger, 2)
     taken = await ledger.take("learner", 2, 0)
-    assert await ledger.drop([taken[0].entry_id]) == 1
-    assert await ledger.drop([taken[0].entry_id]) == 0
+    assert await ledger.drop([taken[0].entry_id], STALE) == 1
+    assert await ledger.drop([taken[0].entry_id], STALE) == 0
     assert (await ledger.live(), await ledger.depth()) == ({1: 1}, Depth(0, 0, 0, 1, 0))
 
 
@@ -429,7 +431,7 @@ async def test_what_is_left_of_a_forgotten_batch_does_not_bring_its_count_back(l
     (taken,) = await ledger.take("learner", 1, 0)
     await ledger.acknowledge([], through_batch=0)
     await ledger.bury(claim.entry_id, claim.task, "prompt too long")
-    await ledger.drop([taken.entry_id])
+    await ledger.drop([taken.entry_id], STALE)
     assert await ledger.live() == {}
 
 
@@ -473,7 +475,9 @@ async def test_a_server_that_lost_everything_is_filled_again_from_the_learners_c
     await redis.flushall()
     assert await ledger.claim("a", 0, 1) == []
     assert await ledger.take("learner", 1, 0) == []
-    assert await ledger.restore(5) == 5
+    assert await ledger.may_lack_writes()
+    await ledger.reconcile(5, 0, forget=[], gone={})
+    assert not await ledger.may_lack_writes()
     assert await issue(ledger, 2) == 7
     assert ids(await ledger.claim("a", 0, 8)) == [5, 6]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
+from services.contracts.books import STALE
 from services.contracts.ledger import Claim, Ledger
 from services.contracts.store import connect
 from services.contracts.wire import FinishReason, Task, Timings, Trajectory, VersionSpan
@@ -134,7 +135,7 @@ async def run_learner(redis: Redis, tally: Tally, chance: random.Random) -> None
             await issue_missing(ledger, batch, tally)
             for entry_id, taken in await ledger.take("learner", BATCH_SIZE - len(held), 0.01):
                 if not tally.dropped or chance.random() < 0.1:
-                    await ledger.drop([entry_id])
+                    await ledger.drop([entry_id], STALE)
                     tally.dropped.append(taken.task_id)
                 else:
                     held[entry_id] = taken

@@ -21,7 +21,7 @@ async def test_the_ledger_of_an_earlier_run_of_this_name_is_refused(redis, redis
     await asyncio.to_thread(check, config, resume=False)
     ledger = Ledger(redis, run="again", lease_s=1, max_deliveries=1)
     await ledger.open()
-    await ledger.restore(7)
+    await ledger.reconcile(7, 0, forget=[], gone={})
     with pytest.raises(ConfigError, match="holds the ledger of an earlier run 'again'"):
         await asyncio.to_thread(check, config, resume=False)
 

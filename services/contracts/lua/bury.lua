@@ -1,3 +1,4 @@
--- Move a task to the dead letters.   KEYS tasks, dead, live, progress   ARGV entry id, reason
+-- Move a task to the dead letters.   KEYS tasks, dead, live, progress, settled   ARGV entry id, reason
 -- Returns 1 if it was moved. Safe to repeat: the task's entry exists once.
-return bury(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
+local keys = { tasks = KEYS[1], dead = KEYS[2], live = KEYS[3], progress = KEYS[4], settled = KEYS[5] }
+return bury(keys, ARGV[1], ARGV[2])
