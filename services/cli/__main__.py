@@ -1,4 +1,4 @@
-"""`multiattempt`: train, serve, grade, status, ... A light door: nothing heavy is imported to parse arguments."""
+"""`multiattempt`: train, serve, grade, status, audit, ... A light door: nothing heavy is imported to parse arguments."""
 
 import argparse
 import asyncio
@@ -37,10 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _serve(arguments.service, rest)
             case "grade":
                 return _grade(arguments)
-            case "status":
-                from services.cli.status import show_status
-
-                return asyncio.run(show_status(arguments.run))
+            case "status" | "audit":
+                return _look(arguments)
             case "plot":
                 return _plot(arguments.run)
             case "doctor":
@@ -65,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_grade(commands)
     status = commands.add_parser("status", help="look at a run")
     status.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
+    audit = commands.add_parser("audit", help="is every task of a run accounted for? Exit code 1 if not")
+    audit.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
+    audit.add_argument("--json", action="store_true", help="print JSON, with every offending task")
     plot = commands.add_parser("plot", help="draw a run's plots and print its table")
     plot.add_argument("run", type=Path, help="the run's folder, runs/<name>")
     commands.add_parser("doctor", help="check this machine")
@@ -131,6 +132,16 @@ def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
 def _serve(service: str, rest: Sequence[str]) -> int:
     command = [sys.executable, "-m", f"services.{service}", *rest]
     os.execv(sys.executable, command)
+
+
+def _look(arguments: argparse.Namespace) -> int:
+    if arguments.command == "status":
+        from services.cli.status import show_status
+
+        return asyncio.run(show_status(arguments.run))
+    from services.cli.audit import run_audit
+
+    return asyncio.run(run_audit(arguments.run, is_json=arguments.json))
 
 
 def _plot(run: Path) -> int:

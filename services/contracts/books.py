@@ -36,6 +36,11 @@ def is_trained(fate: str) -> bool:
     return fate.startswith(_TRAINED)
 
 
+def step_of(fate: str) -> int:
+    """The policy update of one of `trained_in`."""
+    return int(fate.removeprefix(_TRAINED))
+
+
 class TaskRef(NamedTuple):
     """A task that the ledger holds, as a task or as a trajectory."""
 
@@ -73,7 +78,7 @@ class Books(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         trained, dropped = dict(self.trained), dict(self.dropped)
         for fate, ids in added.items():
             if is_trained(fate):
-                step = int(fate.removeprefix(_TRAINED))
+                step = step_of(fate)
                 trained[step] = format_ranges([*ids, *_ids(trained.get(step, ""))])
             else:
                 dropped[fate] = format_ranges({*ids, *_ids(dropped.get(fate, ""))})

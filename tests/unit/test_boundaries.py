@@ -24,7 +24,7 @@ HEAVY = {
 }
 # Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
 # grades without a server by running the grader's application in its own process. It asks rollout whether a user's
-# environment can be had before anything starts.
+# environment can be had before anything starts, and reads the books that the learner keeps with its checkpoints.
 ALSO = {
     "rollout": ("services.grader.client",),
     "cli": (
@@ -32,6 +32,7 @@ ALSO = {
         "services.grader.client",
         "services.grader.app",
         "services.rollout.environment",
+        "services.learner.checkpoint",
     ),
 }
 LIGHT = [
