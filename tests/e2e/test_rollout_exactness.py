@@ -4,7 +4,7 @@ Each engine runs the same 200 dialogues, several times, through the real Dialogu
 token and byte by byte, with characters of several bytes in them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load
 from services.contracts.template import feedback_ids, prompt_ids
-from services.contracts.wire import Task, Trajectory
+from services.contracts.wire import Attempt, Task, Trajectory
 from services.grader.answer import extract
 from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.vllm_engine import BLOCK_TOKENS
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
+def outcomes(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """By dtype; `other`: a second engine in fp32."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {name: DialogueRun(config(dtype), models[dtype], TASKS, passes, folder / name)
@@ -81,7 +81,6 @@ def test_behaviour_logprobs_are_those_of_the_weights(outcomes, references, dtype
             [t.logprobs[t.action_mask] for t in trajectories.values()],
             [recompute(references[dtype], t)[t.action_mask] for t in trajectories.values()],
         )
-        print(dtype, found)
         assert found.num_tokens > 10 * NUM_TASKS
         if dtype == "float32":
             assert found.worst < 1e-4
@@ -145,9 +144,7 @@ def test_in_fp32_a_task_is_the_same_dialogue_on_another_engine_in_another_order_
 
 
 def test_in_bf16_a_task_is_nearly_always_the_same_dialogue(outcomes):
-    share = share_identical(*outcomes["bfloat16"].passes)
-    print(share)
-    assert share > 0.9
+    assert share_identical(*outcomes["bfloat16"].passes) > 0.9
 
 
 def test_what_other_weights_cached_is_not_used_again(outcomes):
@@ -156,7 +153,8 @@ def test_what_other_weights_cached_is_not_used_again(outcomes):
         assert outcome.cached_after_swap == 0
 
 
-def attempts_of(trajectories):
+def attempts_of(trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], Attempt]]:
+    """Sampled ids of every attempt, and the attempt."""
     for trajectory in trajectories:
         for attempt in trajectory.attempts:
             yield trajectory.token_ids[attempt.start : attempt.end].tolist(), attempt
