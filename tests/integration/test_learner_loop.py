@@ -2,151 +2,18 @@
 
 import asyncio
 import contextlib
-import errno
 from collections import Counter
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from learner_data import make_trajectory
+from loop_fakes import MemoryPublisher, MemoryTrainer, make_config, make_ledger, make_loop, rollout
 from redis.asyncio import Redis
 
-from services.contracts.books import Books
-from services.contracts.config import RunConfig, load
-from services.contracts.ledger import Ledger
-from services.contracts.problems import Problem
-from services.contracts.wire import Trajectory
 from services.learner import loop as loop_module
-from services.learner.checkpoint import CheckpointError
-from services.learner.loop import Loop, StarvedError
-from services.learner.metrics import summarise
-from services.learner.sampler import TaskSampler
+from services.learner.loop import StarvedError
 
 pytestmark = pytest.mark.integration
-PROBLEMS = [Problem(f"{i}+{i}", (str(2 * i),)) for i in range(10)]
-
-
-@dataclass
-class Report:
-    updated: list[str] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)
-    num_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class MemoryTrainer:
-    """Counts instead of learning; a checkpoint is a copy of its two numbers."""
-
-    def __init__(self, *, version: int = 0, next_task: int = 0, books: Books | None = None) -> None:
-        self.version, self.next_task, self.books = version, next_task, books or Books()
-        self.batches: list[list[Trajectory]] = []
-        self.saved: list[tuple[int, int]] = []
-        self.full_disk = 0  # how many saves still fail
-
-    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        self.batches.append(list(trajectories))
-        self.version += 1
-        return {"policy_loss": 0.0}
-
-    def save(self, next_task: int, books: Books) -> Path:
-        if self.full_disk:
-            self.full_disk -= 1
-            raise CheckpointError(errno.ENOSPC, "disk full")
-        self.saved.append((self.version, next_task))
-        self.books = books
-        return Path()
-
-
-class MemoryPublisher:
-    """A fleet that always has the newest weights."""
-
-    def __init__(self) -> None:
-        self.version = -1
-        self.history: list[int] = []
-
-    async def publish(self, version: int) -> Report:
-        self.version = version
-        self.history.append(version)
-        return Report(updated=["rollout-0"])
-
-    async def catch_up(self) -> Report:
-        return Report()
-
-
-class MemoryMetrics:
-    def __init__(self) -> None:
-        self.lines: list[tuple[int, dict[str, float]]] = []
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self.lines.append((step, dict(figures)))
-
-
-def make_ledger(redis: Redis) -> Ledger:
-    return Ledger(redis, run="loop", lease_s=5, max_deliveries=3)
-
-
-def make_config(**learner: str) -> RunConfig:
-    flags = {"batch_dialogues": "8", "minibatch_dialogues": "8", "checkpoint_every": "2", "take_timeout_s": "20"}
-    flags |= learner
-    return load(None, [f"--learner.{k}={v}" for k, v in flags.items()] + ["--run.steps=5"], env={})
-
-
-def make_loop(redis: Redis, config: RunConfig, trainer: MemoryTrainer, publisher: MemoryPublisher) -> Loop:
-    return Loop(
-        config,
-        ledger=make_ledger(redis),
-        publisher=publisher,
-        trainer=trainer,
-        sampler=TaskSampler(
-            PROBLEMS,
-            seed=0,
-            min_attempts=1,
-            max_attempts=2,
-            samples_per_problem=config.learner.samples_per_problem,
-        ),
-        metrics=MemoryMetrics(),
-        summarise=summarise,
-    )
-
-
-@contextlib.asynccontextmanager
-async def rollout(
-    redis: Redis,
-    publisher: MemoryPublisher,
-    *,
-    lag: Mapping[int, int] | None = None,
-    poisoned: Container[int] = (),
-) -> AsyncIterator[None]:
-    """A replica that answers every task at once.
-
-    lag: task_id -> how much older its weights pretend to be. poisoned: tasks whose log-probabilities are not numbers.
-    """
-    ledger = make_ledger(redis)
-    await ledger.open()
-    lags = dict(lag or {})
-
-    async def serve() -> None:
-        while True:
-            version = publisher.version
-            for claim in await ledger.claim("rollout-0", version, 3):
-                old = version - lags.get(claim.task.task_id, 0)
-                trajectory = make_trajectory(claim.task.task_id, batch=claim.task.batch, version=old)
-                if claim.task.task_id in poisoned:
-                    unusable = np.full_like(trajectory.logprobs, np.nan)
-                    trajectory = msgspec.structs.replace(trajectory, logprobs=unusable)
-                await ledger.complete(claim.entry_id, trajectory)
-            await asyncio.sleep(0.005)
-
-    replica = asyncio.create_task(serve())
-    try:
-        yield
-    finally:
-        replica.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await replica
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
