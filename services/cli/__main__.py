@@ -1,4 +1,4 @@
-"""`multiattempt`: train, serve, grade, status, audit, ... A light door: nothing heavy is imported to parse arguments."""
+"""`multiattempt`: train, serve, grade, chat, ... A light door: nothing heavy is imported to parse arguments."""
 
 import argparse
 import asyncio
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _serve(arguments.service, rest)
             case "grade":
                 return _grade(arguments)
+            case "chat":
+                return _chat(arguments)
             case "status" | "audit":
                 return _look(arguments)
             case "plot":
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run one service", allow_abbrev=False, add_help=False)
     serve.add_argument("service", choices=SERVICES, help="arguments after it go to the service")
     _add_grade(commands)
+    _add_chat(commands)
     status = commands.add_parser("status", help="look at a run")
     status.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
     audit = commands.add_parser("audit", help="is every task of a run accounted for? Exit code 1 if not")
@@ -114,6 +117,40 @@ def _grade(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             is_json=arguments.json,
             is_check=arguments.check,
+        )
+    )
+
+
+def _add_chat(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="a dialogue with a running replica, in the terminal",
+        description="Give a model a problem and watch its attempts. Without --gold you judge them: y, n or none. "
+        "Without PROBLEM it asks for one after the other.",
+        epilog="Ctrl-C ends the dialogue, Ctrl-D the session. Exit code 0: done; 1: a dialogue did not come to its "
+        "end; 2: a mistake on this command line, or no replica.",
+    )
+    chat.add_argument("problem", nargs="?", metavar="PROBLEM", help="run this one and exit")
+    chat.add_argument("--gold", action="append", help="the right answer, for the grader; repeat it for several")
+    chat.add_argument("--url", help="the replica; by default one of the run's")
+    chat.add_argument("--run", type=Path, help="the run's folder; the newest under runs/ by default")
+    chat.add_argument("--attempts", type=int, default=5, help="how many the model is allowed, 5 by default")
+    chat.add_argument("--seed", type=int, help="of the sampling; by default another each time")
+    chat.add_argument("--temperature", type=float, help="0 is greedy; by default the run's")
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from services.cli.chat import ChatOptions, run_chat
+
+    return run_chat(
+        ChatOptions(
+            problem=arguments.problem,
+            gold=arguments.gold,
+            url=arguments.url,
+            run=arguments.run,
+            attempts=arguments.attempts,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
         )
     )
 

@@ -6,7 +6,8 @@ import socket
 import httpx
 import pytest
 import uvicorn
-from fakes import FakeEngine, MemoryLedger
+from fakes import FakeEngine
+from live_replica import scripted_replica
 
 from services.contracts.config import load
 from services.contracts.wire import Verdict
@@ -14,8 +15,6 @@ from services.grader.client import Grade
 from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.app import create_app
 from services.rollout.replica import ReplicaProcess
-from services.rollout.runner import DialogueRunner
-from services.rollout.worker import Worker
 
 pytestmark = pytest.mark.integration
 BODY = {"problem": "1+1", "gold": ["2"], "max_attempts": 2}
@@ -42,24 +41,11 @@ def grader() -> GatedGrader:
 
 
 @pytest.fixture
-def replica(grader, tmp_path) -> ReplicaProcess:
+def replica(grader) -> ReplicaProcess:
     """A replica that is ready, without its engine."""
     config = load(None, ["--rollout.control_token=secret", "--dialogue.system_prompt="], env={})
-    replica = ReplicaProcess(config, model=tmp_path, replica_id="r", url="http://replica")
-    tokenizer = build_tokenizer()
-    engine = FakeEngine([tokenizer.encode("\\boxed{2} etc", add_special_tokens=False)])
-    replica.runner = DialogueRunner(config, engine=engine, grader=grader, tokenizer=tokenizer, replica_id="r")
-    replica.worker = Worker(
-        MemoryLedger(),
-        replica.runner,
-        replica_id="r",
-        version=lambda: 0,
-        free_places=lambda in_flight, _: 4 - in_flight,
-        lease_s=30,
-        grader_timeout_s=5,
-    )
-    replica.trouble = None
-    return replica
+    engine = FakeEngine([build_tokenizer().encode("\\boxed{2} etc", add_special_tokens=False)])
+    return scripted_replica(config, engine=engine, grader=grader)
 
 
 @pytest.fixture
