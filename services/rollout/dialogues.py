@@ -9,7 +9,7 @@ from services.contracts.wire import Attempt, Sampling, Task, Trajectory, Verdict
 from services.grader.client import GraderError, GraderUnavailableError
 from services.rollout.environment import Grader
 from services.rollout.events import Event, FedBack, Judged, Prompted, Said
-from services.rollout.protocol import EVENTS, DialogueRequest, DialogueResponse, TurnBody, VerdictRequest
+from services.rollout.protocol import EVENT_SCHEMA, EVENTS, DialogueRequest, DialogueResponse, TurnBody, VerdictRequest
 from services.rollout.replica import ReplicaProcess
 from services.rollout.runner import EngineDead, GenerationAborted, UnrunnableTask
 from services.rollout.streaming import Emit, EventStream, People, PersonAsGrader, unless, while_connected
@@ -33,7 +33,7 @@ def dialogue_routes(replica: ReplicaProcess, *, patience_s: float) -> APIRouter:
     router = APIRouter(prefix="/v1/dialogues", tags=["dialogues"])
     people = People(patience_s=patience_s)
 
-    streamed = {"description": "The dialogue", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    streamed = {"description": "The dialogue", "content": {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}}
 
     @router.post(
         "",

@@ -4,6 +4,7 @@ Text is cleaned before it is validated: people paste, and a lone surrogate is no
 """
 
 import json
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,11 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class SamplingBody(_Body):
+class _Request(_Body):
+    model_config = ConfigDict(strict=True)  # a text is no number, a number no truth value
+
+
+class SamplingBody(_Request):
     """Overrides of the run's sampling settings."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -41,7 +46,7 @@ class SamplingBody(_Body):
     """-1: all."""
 
 
-class DialogueRequest(_Body):
+class DialogueRequest(_Request):
     """One dialogue to run now."""
 
     problem: Annotated[str, BeforeValidator(_clean), Field(min_length=1, max_length=MAX_PROBLEM_CHARS)]
@@ -57,7 +62,7 @@ class DialogueRequest(_Body):
     """Answer with server-sent events; so does the header `Accept: text/event-stream`."""
 
 
-class VerdictRequest(_Body):
+class VerdictRequest(_Request):
     """A person's word on the attempt that waits for it."""
 
     verdict: Literal["correct", "incorrect", "no_answer"]
@@ -132,7 +137,7 @@ class DrainResponse(_Body):
     """Dialogues."""
 
 
-class ScoreRequest(_Body):
+class ScoreRequest(_Request):
     """Token ids to be scored."""
 
     token_ids: Annotated[
@@ -167,3 +172,12 @@ EVENTS = """Server-sent events, each with JSON data. Attempts count from 1.
 | `error` | a problem, as the status would have had it | the end, when something fails on the way |
 
 A comment line comes when nothing else does for ten seconds. Hanging up ends the dialogue."""
+
+EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": re.findall(r"^\| `(\w+)`", EVENTS, re.MULTILINE)},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}

@@ -101,7 +101,7 @@ class WeightControl:
             await self._step("prepare", llm.start_weight_update(), RPC_TIMEOUT_S)
             await self._step("prepare", llm.update_weights(request), RPC_TIMEOUT_S)
             plan = prepare.plan()
-            num_buckets = len(list(plan.buckets())) + 1
+            num_buckets = -(-plan.num_bytes // plan.bucket_bytes) + 1
             self._staged = await self._step("prepare", self._received(), num_buckets * self._timeout_s)
             self._staged["num_bytes"] = plan.num_bytes
             RECEIVE_SECONDS.observe(self._staged["receive_s"])

@@ -3,13 +3,15 @@
 Every message carries the membership generation; a replica refuses any but its own with 409.
 """
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.contracts.weights.plan import Plan, TensorSpec, make_plan
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     generation: int
 
@@ -23,8 +25,8 @@ class Join(_Message):
     world_size: int
     transport: str  # "gloo" or "nccl"
     nccl_id: str | None = None  # base64 of the NCCL unique id, for "nccl"
-    rendezvous_s: float  # deadline for all members to arrive
-    timeout_s: float  # deadline of each broadcast
+    rendezvous_s: Annotated[float, Field(gt=0)]  # deadline for all members to arrive
+    timeout_s: Annotated[float, Field(gt=0)]  # deadline of each broadcast
 
 
 class Prepare(_Message):
@@ -33,8 +35,13 @@ class Prepare(_Message):
     version: int
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Annotated[int, Field(ge=0)]]]
     bucket_bytes: int
+
+    @model_validator(mode="after")
+    def _has_a_plan(self) -> Self:
+        self.plan()
+        return self
 
     def plan(self) -> Plan:
         """Where the bytes belong. Raises ValueError."""
