@@ -18,7 +18,7 @@ def make_trajectory(
     spans = [(int(ends[i - 1]), int(ends[i])) for i in range(1, len(ends), 2)]
     for start, end in spans:
         mask[start:end] = True
-    logprobs = np.where(mask, -random.uniform(2, 5, len(mask)), np.nan).astype(np.float32)
+    logprobs = np.where(mask, -random.uniform(4.7, 6.7, len(mask)), np.nan).astype(np.float32)
     return Trajectory(
         task_id=task_id,
         batch=batch,

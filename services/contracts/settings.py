@@ -54,7 +54,9 @@ class ModelSection(_Section):
     cache_dir: Path = Path("~/.cache/multiattempt")
     """Prepared models, by content hash."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Weights and compute, the same on both sides of the weight transfer."""
+    """Weights and compute, the same on both sides of the weight transfer; the learner's optimiser has fp32 masters."""
+    fp32_head: bool = False
+    """Compute the logits in fp32 on both sides, out of the same `dtype` weights."""
     warmup_steps: NonNegative = 0
     """Supervised steps on correct dialogues before RL (`arithmetic`, `smollm2`); 0: none."""
     warmup_batch: Positive = 128
@@ -289,18 +291,41 @@ class LearnerSection(_Section):
     """AdamW."""
     grad_clip: PositiveFloat = 1.0
     """Global norm."""
+    max_nonfinite_steps: Positive = 3
+    """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp"] = "gae"
+    """gae: with a critic. grpo, dr_grpo, rloo: against the others of the group (`samples_per_problem` 2 or more).
+    reinforce_pp: returns, whitened over the batch. There is no critic but for gae."""
+    reward_at: Literal["dialogue", "attempt"] = "dialogue"
+    """attempt: each failed attempt before the last earns its verdict's share too (-0.5 wrong, -1 no answer), at its
+    own last token."""
     gamma: Fraction = 1.0
-    """Discount per action token."""
+    """Discount per action token, for gae and reinforce_pp."""
     lam: Fraction = 0.99
     """GAE lambda."""
-    clip: PositiveFloat = 0.2
-    """Policy ratio clip."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Policy ratio clip below 1."""
+    clip_high: PositiveFloat = 0.2
+    """Policy ratio clip above 1."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Above 1: a token with a negative advantage counts at most this many times it, whatever its ratio; 0: without."""
     value_clip: PositiveFloat = 0.2
     """Value clip around the old value."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the policy's entropy in the loss, as a bonus."""
     kl_coef: NonNegativeFloat = 0.01
-    """Weight of the k3 KL to the frozen reference in the loss; 0: no reference model is loaded."""
+    """Weight of the KL to the frozen reference; 0: no reference model is loaded."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL counts: in the loss, with its gradient, or off each action's reward, at the update's start."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per token, d = log pi - log pi_ref: d, d^2 / 2 or exp(-d) - 1 + d."""
+    kl_target: NonNegativeFloat = 0.0
+    """Nats per token that `kl_coef`, then only the start, is adapted to hold after each update; 0: it is fixed."""
     importance_cap: PositiveFloat = 2.0
     """Truncation of the behaviour importance weight pi_old / pi_behaviour."""
+    mismatch_limit: NonNegativeFloat = 2.0
+    """A dialogue whose log-probabilities differ from those it was sampled with by more nats per token (mean of the
+    absolute differences) is left out and counted; 0: none is."""
     loss_mean: Literal["global", "paper"] = "global"
     """global: token mean over the whole minibatch on all ranks. paper: mean of micro-batch means."""
     critic_warmup: NonNegative = 0
@@ -325,6 +350,20 @@ class LearnerSection(_Section):
     """Newest checkpoints kept."""
     metrics_port: Port = 0
     """Prometheus and health endpoint; 0: the launcher picks a free one."""
+    wandb_project: str = ""
+    """Weights & Biases project that gets the metrics too (`pip install wandb`); empty: none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LearnerSection":
+        if self.advantage in ("grpo", "dr_grpo", "rloo") and self.samples_per_problem < 2:
+            raise ValueError(f'advantage "{self.advantage}" compares a group: samples_per_problem must be 2 or more')
+        if self.advantage != "gae" and self.critic_warmup:
+            raise ValueError(f'critic_warmup {self.critic_warmup}: advantage "{self.advantage}" has no critic')
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(f"dual_clip {self.dual_clip} must be above 1, or 0 for none")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_target needs a kl_coef above 0 to start from")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "LearnerSection":

@@ -8,14 +8,17 @@ the flat arrays. What a loss does with them is in `losses` and `ppo`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.contracts.rewards import attempt_reward
 from services.contracts.wire import Trajectory
 from services.learner.sampler import group_of
 
 Int64 = NDArray[np.int64]
+RewardAt = Literal["dialogue", "attempt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Packed:
     """A rank's dialogues, flat. D dialogues, A action tokens."""
 
     behaviour: NDArray[np.float32]  # [A] log-probability when sampled
-    rewards: NDArray[np.float32]  # [D]
+    rewards: NDArray[np.float32]  # [A] earned by each action
     offsets: Int64  # [D + 1]
     inputs: tuple[Int64, ...]  # per dialogue: ids up to its last action, exclusive (nothing after is predicted)
     predicts: tuple[Int64, ...]  # per dialogue: positions that predict an action
@@ -63,9 +66,24 @@ def whole_groups_first(trajectories: Sequence[Trajectory], samples_per_problem: 
     return [trajectory for group in sorted(groups.values(), key=len, reverse=True) for trajectory in group]
 
 
-def pack(trajectories: Sequence[Trajectory]) -> Packed:
+def action_rewards(trajectory: Trajectory, reward_at: RewardAt) -> NDArray[np.float32]:
+    """What each action token earns: [actions].
+
+    "dialogue": the reward at the last one (paper.md section 2). "attempt": the same, and every earlier attempt what
+    its verdict is worth, at its own last token.
+    """
+    actions = np.flatnonzero(trajectory.action_mask)
+    rewards = np.zeros(len(actions), dtype=np.float32)
+    rewards[-1] = trajectory.reward
+    if reward_at == "attempt":
+        for attempt in trajectory.attempts[:-1]:
+            rewards[np.searchsorted(actions, attempt.end) - 1] += attempt_reward(attempt.verdict)
+    return rewards
+
+
+def pack(trajectories: Sequence[Trajectory], *, reward_at: RewardAt = "dialogue") -> Packed:
     """Flatten trajectories. Raises ValueError for one without actions, or whose first token is an action."""
-    inputs, predicts, targets, behaviour = [], [], [], []
+    inputs, predicts, targets, behaviour, rewards = [], [], [], [], []
     for trajectory in trajectories:
         actions = np.flatnonzero(trajectory.action_mask)
         if not len(actions) or actions[0] == 0:
@@ -74,10 +92,11 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
         predicts.append(actions - 1)
         targets.append(trajectory.token_ids[actions].astype(np.int64))
         behaviour.append(trajectory.logprobs[actions])
+        rewards.append(action_rewards(trajectory, reward_at))
     counts = [len(actions) for actions in targets]
     return Packed(
         behaviour=np.concatenate(behaviour) if behaviour else np.zeros(0, np.float32),
-        rewards=np.array([trajectory.reward for trajectory in trajectories], dtype=np.float32),
+        rewards=np.concatenate(rewards) if rewards else np.zeros(0, np.float32),
         offsets=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         inputs=tuple(inputs),
         predicts=tuple(predicts),
@@ -141,6 +160,7 @@ def empty_micro_batch() -> MicroBatch:
 class Share:
     """What one rank does in one minibatch."""
 
+    members: Int64  # the minibatch's dialogues on all ranks, as indices into the batch
     micros: list[MicroBatch]
     num_actions: int  # of the minibatch on all ranks: the global token mean divides by it
     num_micros: int  # of the minibatch on all ranks, without the empty ones
@@ -151,6 +171,8 @@ class Plan:
     """What one rank does in one update."""
 
     packed: Packed  # its dialogues
+    owned: Int64  # [D] which they are, as indices into the batch
+    counts: Int64  # action tokens of every dialogue in the batch
     shares: list[Share]  # per minibatch
     inference: list[MicroBatch]  # all its dialogues, in larger blocks
 
@@ -163,6 +185,7 @@ def plan(
     world: int,
     micro_tokens: int,
     inference_tokens: int,
+    reward_at: RewardAt = "dialogue",
 ) -> Plan:
     """Rank `rank`'s part of an update. parts: the minibatches, as indices into `trajectories`.
 
@@ -172,7 +195,7 @@ def plan(
     lengths = np.array([int(np.flatnonzero(t.action_mask)[-1]) for t in trajectories], dtype=np.int64)
     by_part = [shard(part, lengths, world) for part in parts]
     owned = np.concatenate([ranks[rank] for ranks in by_part])
-    packed = pack([trajectories[i] for i in owned])
+    packed = pack([trajectories[i] for i in owned], reward_at=reward_at)
     local = {int(i): place for place, i in enumerate(owned)}
 
     def build(cuts: list[list[Int64]]) -> list[MicroBatch]:
@@ -182,7 +205,7 @@ def plan(
     shares = []
     for part, ranks in zip(parts, by_part, strict=True):
         cuts = [buckets(members, lengths, micro_tokens) for members in ranks]
-        shares.append(Share(build(cuts), int(counts[part].sum()), sum(map(len, cuts))))
+        shares.append(Share(part, build(cuts), int(counts[part].sum()), sum(map(len, cuts))))
     everyone = [np.concatenate([ranks[r] for ranks in by_part]) for r in range(world)]
     inference = build([buckets(members, lengths, inference_tokens) for members in everyone])
-    return Plan(packed, shares, inference)
+    return Plan(packed, owned, counts, shares, inference)

@@ -61,7 +61,7 @@ class Engine:
             self.module = self.engine.module
         module.train(mode=lr is not None)  # gradient checkpointing asks for it; there is no dropout
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | bool) -> Tensor:
         """Forward pass on this rank; every rank must do it equally often."""
         output: Tensor = self.engine(*inputs) if self.engine is not None else self.module(*inputs)
         return output
@@ -70,17 +70,25 @@ class Engine:
         """One optimiser step. Returns the global gradient norm before clipping.
 
         micros: the same number on every rank, at least one. loss_of: runs the forward pass; its results add up, over
-        micro-batches and ranks, to the loss whose gradient is applied.
+        micro-batches and ranks, to the loss whose gradient is applied. When a loss or the norm is not finite on any
+        rank the step is skipped on all: parameters and moments stay as they are, and infinity is returned.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         for i, micro in enumerate(micros):
             self.engine.set_gradient_accumulation_boundary(is_boundary=i == len(micros) - 1)
             loss = loss_of(micro)
-            self.engine.backward(loss * self._world)  # DeepSpeed divides by it
-        norm = None if self._clips_itself else nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip)
+            # DeepSpeed divides by the number of ranks. A loss that is not finite spoils its gradient too, so that the
+            # one check that all ranks make together, of the norm, finds both.
+            self.engine.backward(loss * torch.where(loss.detach().isfinite(), float(self._world), math.nan))
+        if self._clips_itself:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip))
+        if not math.isfinite(norm):
+            self.module.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return norm if math.isfinite(norm) else math.inf
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimiser state below `folder`; all ranks together."""

@@ -1,24 +1,28 @@
-"""The arithmetic of one PPO update (paper.md section 2, design.md section 4), over models given from outside.
+"""The arithmetic of one policy update (paper.md section 2, design.md section 4), over models given from outside.
 
-First pass, without gradient: log-probabilities under the weights at the start of the update, values, reference. Then
-GAE and whitening over the whole batch. Then one optimiser step of actor and critic for each minibatch. Which
-trajectories, and what becomes of the new weights, is decided elsewhere.
+First pass, without gradient: see `first_pass`. Then one optimiser step of actor and critic for each minibatch; one
+whose loss or gradient is not finite is skipped. Which trajectories, and what becomes of the new weights, is decided
+elsewhere.
 """
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from services.contracts.config import ConfigError
 from services.contracts.settings import LearnerSection
 from services.contracts.wire import Trajectory
-from services.learner.advantage import Moments, gae, moments, whiten
-from services.learner.batch import MicroBatch, Plan, Share, minibatches, plan
-from services.learner.losses import importance_weights, k3_sum, policy_loss_sum, value_loss_sum
+from services.learner.batch import MicroBatch, Share, minibatches, plan
+from services.learner.first_pass import FirstPass, FrozenModel, Start, inputs
+from services.learner.kl import adapted, kl
+from services.learner.losses import importance_weights, policy_loss_sum, value_loss_sum
 from services.learner.ranks import Ranks
 from services.learner.sampler import STREAM_MINIBATCH, generator
 from services.learner.schedule import lr_at
@@ -26,41 +30,48 @@ from services.learner.schedule import lr_at
 GPU_INFERENCE_FACTOR = 4  # without gradients a block may be this much larger
 CPU_INFERENCE_TOKENS = 4096  # larger blocks leave the caches: measured 1.5x slower
 
+log = logging.getLogger(__name__)
 
-class FrozenModel(Protocol):
-    """A model that only answers."""
 
-    device: torch.device
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Forward pass; every rank does it equally often."""
+class DivergedError(ConfigError):
+    """Step after step without a finite gradient: with these settings, on these data, the run goes nowhere."""
 
 
 class TrainedModel(FrozenModel, Protocol):
     """A model with an optimiser."""
 
     def step(self, micros: Sequence[MicroBatch], loss_of: Callable[[MicroBatch], Tensor], *, lr: float) -> float:
-        """One optimiser step on the sum of the losses over micro-batches and ranks; returns the gradient norm."""
+        """One optimiser step on the sum of the losses over micro-batches and ranks; returns the gradient norm.
+
+        When the loss or the norm is not finite on any rank nothing is changed, and the norm returned is not finite.
+        """
 
 
-class Start(NamedTuple):
-    """What is known before the first step: fp32 CPU tensors [A], flat like `batch.Packed`."""
+@dataclass(slots=True)
+class PpoState:
+    """What goes from update to update beside models and optimisers; a checkpoint holds it."""
 
-    old: Tensor | None  # None: the update is one step, whose own forward pass sees the very same weights
-    behaviour: Tensor
-    reference: Tensor | None
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    kl_coef: float
+    nonfinite_in_row: int = 0  # optimiser steps skipped, up to now
+
+
+class Norms(NamedTuple):
+    """Gradient norms of the steps taken, in order."""
+
+    actor: list[float]
+    critic: list[float]
 
 
 class Ppo:
-    """Updates actor and critic. reference: needed when `kl_coef` > 0. total_updates: of the whole run."""
+    """Updates actor and critic. critic: None unless `advantage` is "gae". reference: None when `kl_coef` is 0.
+
+    total_updates: of the whole run.
+    """
 
     def __init__(
         self,
         actor: TrainedModel,
-        critic: TrainedModel,
+        critic: TrainedModel | None,
         reference: FrozenModel | None,
         *,
         config: LearnerSection,
@@ -69,55 +80,109 @@ class Ppo:
         total_updates: int,
     ) -> None:
         assert (reference is not None) == (config.kl_coef > 0)
+        assert (critic is not None) == (config.advantage == "gae")
         self._actor, self._critic, self._reference = actor, critic, reference
         self._config, self._ranks, self._seed = config, ranks, seed
         self._minibatches = config.batch_dialogues // config.minibatch_dialogues
         self._steps_per_update = config.epochs * self._minibatches
         self._total_steps = total_updates * self._steps_per_update
-        self._sums: dict[str, list[Tensor]] = {}
+        one_step = self._steps_per_update == 1
+        self._first_pass = FirstPass(actor, critic, reference, config=config, ranks=ranks, one_step=one_step)
+        self.state = PpoState(kl_coef=config.kl_coef)
+        self._sums: dict[str, list[Tensor]] = {}  # of the steps taken
+        self._fresh: dict[str, list[Tensor]] = {}  # of the one under way
+
+    def restore(self, state: PpoState) -> None:
+        """Go on from a checkpoint; a fixed `kl_coef` is the configuration's."""
+        self.state = state
+        if not self._config.kl_target:
+            self.state.kl_coef = self._config.kl_coef
 
     def update(self, trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
         """Train on one batch, the same on every rank, starting from weights `version`. Returns metrics.
 
-        Raises FloatingPointError when a gradient was not finite. The weights here are then spoilt: do not publish them.
+        Raises DivergedError, on every rank, when too many steps in a row were skipped.
         """
         started = time.monotonic()
         self._sums = {}
         random = generator(self._seed, STREAM_MINIBATCH, version)
+        config = self._config
         work = plan(
             trajectories,
             parts=minibatches(len(trajectories), self._minibatches, random),
             rank=self._ranks.rank,
             world=self._ranks.world,
-            micro_tokens=self._config.micro_tokens,
+            micro_tokens=config.micro_tokens,
             inference_tokens=self._inference_tokens(),
+            reward_at=config.reward_at,
         )
-        start, metrics = self._start(work)
+        task_ids = np.array([trajectory.task_id for trajectory in trajectories], dtype=np.int64)
+        kl_coef = self.state.kl_coef
+        start, work, metrics = self._first_pass(work, task_ids, kl_coef=kl_coef)
         prepared = time.monotonic()
-        step = version * self._steps_per_update
-        actor_norms, critic_norms = [], []
-        for _ in range(self._config.epochs):
-            # Membership stays as drawn, so that ranks need not exchange anything; the order is drawn anew.
-            for number in random.permutation(self._minibatches):
-                share = work.shares[number]
-                if version >= self._config.critic_warmup:
-                    lr = self._lr(step, self._config.lr)
-                    actor_norms.append(self._actor.step(share.micros, self._actor_loss(start, share), lr=lr))
-                critic_lr = self._lr(step, self._config.critic_lr)
-                critic_norms.append(self._critic.step(share.micros, self._critic_loss(start, share), lr=critic_lr))
-                step += 1
-        if not all(0.0 <= norm < np.inf for norm in [*actor_norms, *critic_norms]):  # ZeRO-3 says -1 for NaN
-            raise FloatingPointError(f"update from version {version}: gradient norms {actor_norms}, {critic_norms}")
+        norms = Norms([], [])
+        skipped, first_step = 0, version * self._steps_per_update
+        for number, which in enumerate(self._order(random)):
+            share = work.shares[which]
+            if not share.num_actions:
+                continue  # every dialogue in it was left out
+            found = self._step(start, share, step=first_step + number, norms=norms, version=version)
+            skipped += not found
+            self._watch(is_finite=found, task_ids=task_ids[share.members], version=version)
         metrics |= self._training_metrics()
-        metrics |= {
-            "lr": self._lr(step - 1, self._config.lr) if actor_norms else 0.0,
-            "critic_lr": critic_lr,
-            "grad_norm": float(np.mean(actor_norms)) if actor_norms else 0.0,
-            "critic_grad_norm": float(np.mean(critic_norms)),
+        if config.kl_target and "kl_ref" in metrics:
+            self.state.kl_coef = adapted(kl_coef, measured=metrics["kl_ref"], target=config.kl_target)
+        last_step = first_step + self._steps_per_update - 1
+        return metrics | {
+            "lr": self._lr(last_step, config.lr) if version >= config.critic_warmup else 0.0,
+            "kl_coef": kl_coef,
+            "nonfinite_steps": float(skipped),
+            **_norm_metrics("grad_norm", norms.actor),
+            **({"critic_lr": self._lr(last_step, config.critic_lr)} if self._critic else {}),
+            **(_norm_metrics("critic_grad_norm", norms.critic) if self._critic else {}),
             "prepare_s": prepared - started,
             "update_s": time.monotonic() - prepared,
         }
-        return metrics
+
+    def _order(self, random: np.random.Generator) -> list[int]:
+        """The minibatches of all epochs. Membership stays, so that ranks exchange nothing; the order is drawn anew."""
+        return [int(i) for _ in range(self._config.epochs) for i in random.permutation(self._minibatches)]
+
+    def _step(self, start: Start, share: Share, *, step: int, norms: Norms, version: int) -> bool:
+        """One optimiser step of actor and critic; whether both were finite."""
+        config, is_finite = self._config, True
+        turns: list[tuple[TrainedModel, Callable[[MicroBatch], Tensor], float, list[float]]] = []
+        if version >= config.critic_warmup:
+            turns.append((self._actor, self._actor_loss(start, share), config.lr, norms.actor))
+        if self._critic is not None:
+            turns.append((self._critic, self._critic_loss(self._critic, start, share), config.critic_lr, norms.critic))
+        for model, loss_of, peak, found in turns:
+            self._fresh = {}
+            norm = model.step(share.micros, loss_of, lr=self._lr(step, peak))
+            if not 0.0 <= norm < math.inf:  # ZeRO-3 says -1 for NaN
+                is_finite = False
+                continue
+            found.append(norm)
+            for name, values in self._fresh.items():
+                self._sums.setdefault(name, []).extend(values)
+        return is_finite
+
+    def _watch(self, *, is_finite: bool, task_ids: np.ndarray, version: int) -> None:
+        """Count steps that were skipped; end the run when they are too many."""
+        if is_finite:
+            self.state.nonfinite_in_row = 0
+            return
+        self.state.nonfinite_in_row += 1
+        if self._ranks.leads:
+            log.warning(
+                "step skipped: loss or gradient not finite", extra={"version": version, "task_ids": task_ids.tolist()}
+            )
+        if self.state.nonfinite_in_row >= self._config.max_nonfinite_steps:
+            raise DivergedError(
+                f"learner.max_nonfinite_steps: {self.state.nonfinite_in_row} optimiser steps in a row had a loss or "
+                f"gradient that is not finite, the last in the update from version {version} (dialogues "
+                f"{task_ids.min()} to {task_ids.max()}); lower learner.lr and resume from the newest checkpoint"
+            )
 
     def _inference_tokens(self) -> int:
         if self._actor.device.type == "cuda":
@@ -128,77 +193,62 @@ class Ppo:
         config = self._config
         return lr_at(step, total=self._total_steps, peak=peak, warmup=config.lr_warmup, min_ratio=config.lr_min_ratio)
 
-    @torch.no_grad()
-    def _start(self, work: Plan) -> tuple[Start, dict[str, float]]:
-        packed = work.packed
-        values = torch.zeros(len(packed.behaviour))
-        old = torch.zeros_like(values) if self._steps_per_update > 1 else None
-        reference = torch.zeros_like(values) if self._reference is not None else None
-        for micro in work.inference:
-            ids, positions, targets = _inputs(micro, self._actor.device)
-            flat = torch.from_numpy(micro.flat)
-            if old is not None:
-                old[flat] = self._actor(ids, positions, targets).cpu()
-            values[flat] = self._critic(ids, positions).cpu()
-            if self._reference is not None and reference is not None:
-                reference[flat] = self._reference(ids, positions, targets).cpu()
-        config = self._config
-        raw, returns = gae(packed.rewards, values.numpy(), packed.offsets, gamma=config.gamma, lam=config.lam)
-        whole = Moments(*self._ranks.sum(moments(raw)).tolist())
-        start = Start(
-            old=old,
-            behaviour=torch.from_numpy(packed.behaviour),
-            reference=reference,
-            values=values,
-            advantages=torch.from_numpy(whiten(raw, whole)),
-            returns=torch.from_numpy(returns.astype(np.float32)),
-        )
-        return start, self._start_metrics(start, raw=whole, exact_returns=returns)
-
     def _actor_loss(self, start: Start, share: Share) -> Callable[[MicroBatch], Tensor]:
-        config = self._config
+        config, device, kl_coef = self._config, self._actor.device, self.state.kl_coef
 
         def loss_of(micro: MicroBatch) -> Tensor:
-            device = self._actor.device
-            logprobs = self._actor(*_inputs(micro, device))
+            answer = self._actor(*inputs(micro, device), config.entropy_coef > 0)
+            logprobs, entropies = (answer[0], answer[1]) if config.entropy_coef else (answer, None)
             flat = torch.from_numpy(micro.flat)
             old = logprobs.detach() if start.old is None else start.old[flat].to(device)
             behaviour = start.behaviour[flat].to(device)
+            weights = importance_weights(old, behaviour, config.importance_cap)
             policy = policy_loss_sum(
                 logprobs,
                 old,
-                behaviour,
+                weights,
                 start.advantages[flat].to(device),
-                clip=config.clip,
-                importance_cap=config.importance_cap,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
             )
             loss = policy.loss
-            self._count(policy_loss=policy.loss, clip_fraction=policy.clipped, kl_old=policy.kl_old)
             if start.reference is not None:
-                kl = k3_sum(logprobs, start.reference[flat].to(device))
-                self._count(kl_ref=kl)
-                loss = loss + config.kl_coef * kl
-            weights = importance_weights(old, behaviour, config.importance_cap)
+                distance = kl(logprobs, start.reference[flat].to(device), config.kl_estimator).sum()
+                self._count(kl_ref=distance)
+                loss = loss + kl_coef * distance
+            if entropies is not None:
+                loss = loss - config.entropy_coef * entropies.sum()
             self._count(
                 actor_tokens=torch.tensor(float(micro.num_actions)),
+                policy_loss=policy.loss,
+                clip_fraction=policy.clipped_low + policy.clipped_high,
+                clip_low_fraction=policy.clipped_low,
+                clip_high_fraction=policy.clipped_high,
+                kl_old=policy.kl_old,
                 importance_mean=weights.sum(),
                 importance_squares=weights.square().sum(),
-                kl_behaviour=k3_sum(behaviour, old),
-                entropy=-old.sum(),
+                kl_behaviour=kl(behaviour, old).sum(),
+                entropy=-old.sum() if entropies is None else entropies.sum(),
             )
+            if config.dual_clip:
+                self._count(dual_clip_fraction=policy.dual_clipped)
             return loss * self._factor(micro, share)
 
         return loss_of
 
-    def _critic_loss(self, start: Start, share: Share) -> Callable[[MicroBatch], Tensor]:
+    def _critic_loss(self, critic: TrainedModel, start: Start, share: Share) -> Callable[[MicroBatch], Tensor]:
+        assert start.values is not None and start.returns is not None
+        before, targets = start.values, start.returns
+
         def loss_of(micro: MicroBatch) -> Tensor:
-            device = self._critic.device
-            ids, positions, _ = _inputs(micro, device)
+            ids, positions, _ = inputs(micro, critic.device)
             flat = torch.from_numpy(micro.flat)
-            old, returns = start.values[flat].to(device), start.returns[flat].to(device)
-            loss = value_loss_sum(self._critic(ids, positions), old, returns, clip=self._config.value_clip)
-            self._count(value_loss=loss, critic_tokens=torch.tensor(float(micro.num_actions)))
-            return loss * self._factor(micro, share)
+            old, returns = before[flat].to(critic.device), targets[flat].to(critic.device)
+            value = value_loss_sum(critic(ids, positions), old, returns, clip=self._config.value_clip)
+            tokens = torch.tensor(float(micro.num_actions))
+            self._count(value_loss=value.loss, value_clip_fraction=value.clipped, critic_tokens=tokens)
+            return value.loss * self._factor(micro, share)
 
         return loss_of
 
@@ -210,38 +260,28 @@ class Ppo:
 
     def _count(self, **sums: Tensor) -> None:
         for name, value in sums.items():
-            self._sums.setdefault(name, []).append(value.detach())
+            self._fresh.setdefault(name, []).append(value.detach())
 
     def _training_metrics(self) -> dict[str, float]:
-        """Token means over all optimiser steps and ranks; nothing of the actor while only the critic is trained.
+        """Token means over the optimiser steps taken, on all ranks; nothing of a model that took none.
 
         kl_behaviour: k3 estimate of KL(sampling policy || ours at the start). importance_ess: effective share of the
-        sample. entropy: mean of -log p of the sampled tokens, unbiased when sampling was on-policy.
+        sample (Kish: mean weight squared over mean squared weight). entropy: of the whole distribution where
+        `entropy_coef` asks for it, else mean of -log p of the sampled tokens, unbiased when sampling was on-policy.
         """
         names = sorted(self._sums)
         totals = self._ranks.sum([float(sum(self._sums[name])) for name in names])
         sums = dict(zip(names, totals.tolist(), strict=True))
-        means = {"value_loss": sums.pop("value_loss") / sums.pop("critic_tokens")}
-        if "actor_tokens" in sums:
-            tokens = sums.pop("actor_tokens")
-            means |= {name: total / tokens for name, total in sums.items()}
+        critic_tokens, actor_tokens = sums.pop("critic_tokens", 0.0), sums.pop("actor_tokens", 0.0)
+        means = {}
+        for name, total in sums.items():
+            tokens = critic_tokens if name.startswith("value_") else actor_tokens
+            means[name] = total / tokens if tokens else 0.0
+        if actor_tokens:
             means["importance_ess"] = means["importance_mean"] ** 2 / means.pop("importance_squares")
         return means
 
-    def _start_metrics(self, start: Start, *, raw: Moments, exact_returns: NDArray[np.float64]) -> dict[str, float]:
-        """How good the critic is: over the action tokens of the batch."""
-        errors = exact_returns - start.values.double().numpy()
-        totals = self._ranks.sum([*moments(exact_returns), *moments(errors)]).tolist()
-        returns, error = Moments(*totals[:3]), Moments(*totals[3:])
-        return {
-            "action_tokens": returns.number,
-            "return_mean": returns.mean,
-            "advantage_std": raw.variance**0.5,
-            "explained_variance": 1.0 - error.variance / returns.variance if returns.variance > 0 else 0.0,
-        }
 
-
-def _inputs(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    arrays = (micro.input_ids, micro.positions, micro.targets)
-    ids, positions, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-    return ids, positions, targets
+def _norm_metrics(name: str, norms: Sequence[float]) -> dict[str, float]:
+    """Mean and largest gradient norm, before clipping, of the steps taken; 0 without any."""
+    return {name: float(np.mean(norms)) if norms else 0.0, f"{name}_max": max(norms, default=0.0)}

@@ -4,9 +4,12 @@ Rank 0 calls `train` and `save`; the others sit in `follow` and do their part wh
 Redis and publishing are the business of `loop`, which only rank 0 runs.
 """
 
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +19,10 @@ from services.contracts.wire import Trajectory, decode_trajectory, encode
 from services.learner.checkpoint import Checkpoints, Manifest
 from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend, export_hf
 from services.learner.models import Actor, load_actor, load_critic
-from services.learner.ppo import Ppo
+from services.learner.ppo import Ppo, PpoState
 from services.learner.ranks import Command, Ranks
 
+PPO_STATE = "ppo.json"  # in a checkpoint
 COLLECTIVE_SLACK_S = 600.0  # on top of waiting for a batch: publishing, a checkpoint on a slow disk
 
 log = logging.getLogger(__name__)
@@ -32,16 +36,17 @@ class Trainer:
         self._model_path = model_path(config)
         learner = config.learner
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        temperature, recompute = config.sampling.temperature, learner.gradient_checkpointing
-        self._module: Actor = load_actor(
-            self._model_path, dtype=dtype, temperature=temperature, gradient_checkpointing=recompute
-        )
-        critic = load_critic(self._model_path, dtype=dtype, seed=config.run.seed, gradient_checkpointing=recompute)
+        policy: dict[str, Any] = {"temperature": config.sampling.temperature, "fp32_head": config.model.fp32_head}
+        recompute = learner.gradient_checkpointing
+        self._module: Actor = load_actor(self._model_path, dtype=dtype, gradient_checkpointing=recompute, **policy)
         self.actor = Engine(self._module, config=learner, dtype=dtype, ranks=ranks, lr=learner.lr)
-        self.critic = Engine(critic, config=learner, dtype=dtype, ranks=ranks, lr=learner.critic_lr)
+        self.critic: Engine | None = None
+        if learner.advantage == "gae":
+            critic = load_critic(self._model_path, dtype=dtype, seed=config.run.seed, gradient_checkpointing=recompute)
+            self.critic = Engine(critic, config=learner, dtype=dtype, ranks=ranks, lr=learner.critic_lr)
         self._reference: Engine | None = None
         if learner.kl_coef > 0:
-            frozen = load_actor(self._model_path, dtype=dtype, temperature=temperature)
+            frozen = load_actor(self._model_path, dtype=dtype, **policy)
             self._reference = Engine(frozen, config=learner, dtype=dtype, ranks=ranks, lr=None)
         self._ppo = Ppo(
             self.actor,
@@ -92,7 +97,7 @@ class Trainer:
         Raises CheckpointError when the disk refuses, after which saving may be tried again. With several ranks only
         lack of space found beforehand is reported so; a failure half way ends the process, because the others wait.
         """
-        need = self.actor.checkpoint_bytes + self.critic.checkpoint_bytes + self.source.num_bytes
+        need = sum(engine.checkpoint_bytes for engine in self._engines().values()) + self.source.num_bytes
         manifest = self._manifest(next_task, books)
         if self.ranks.world == 1:
             return self._checkpoints.save(manifest, self._write, need_bytes=need)
@@ -126,13 +131,18 @@ class Trainer:
         self.version += 1
         return metrics
 
+    def _engines(self) -> dict[str, Engine]:
+        """Those with an optimiser, by their folder in a checkpoint."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
+
     def _write(self, target: Path) -> None:
         self._write_engines(target)
+        (target / PPO_STATE).write_text(json.dumps(asdict(self._ppo.state)), encoding="utf-8")
         export_hf(self.source, self._module, self._model_path, target / "hf")
 
     def _write_engines(self, target: Path) -> None:
-        self.actor.save(target / "actor")
-        self.critic.save(target / "critic")
+        for name, engine in self._engines().items():
+            engine.save(target / name)
         self.ranks.barrier()
 
     def _resume(self) -> None:
@@ -153,8 +163,9 @@ class Trainer:
                 raise ConfigError(
                     f"{setting}: {after}, but checkpoint {path} has {before}: set it back, or rename the run"
                 )
-        self.actor.load(path / "actor")
-        self.critic.load(path / "critic")
+        for name, engine in self._engines().items():
+            engine.load(path / name)
+        self._ppo.restore(PpoState(**json.loads((path / PPO_STATE).read_text(encoding="utf-8"))))
         self.version, self.next_task, self.books = manifest.version, manifest.next_task, manifest.books
         log.info("resumed", extra={"version": self.version, "checkpoint": str(path)})
 

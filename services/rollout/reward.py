@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
+from services.contracts.rewards import NO_ANSWER, SOLVED, WRONG
 from services.contracts.settings import DialogueSection
 from services.contracts.wire import Verdict
-
-SOLVED = 1.0
-WRONG = -0.5
-NO_ANSWER = -1.0
 
 
 def reward(verdicts: Sequence[Verdict], settings: DialogueSection) -> float:

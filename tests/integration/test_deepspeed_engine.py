@@ -19,7 +19,8 @@ from services.contracts.config import RunConfig, load, to_toml_dict
 from services.learner.advantage import gae, moments, whiten
 from services.learner.arithmetic_model import build_tokenizer
 from services.learner.batch import pack
-from services.learner.losses import k3_sum, policy_loss_sum, value_loss_sum
+from services.learner.kl import kl
+from services.learner.losses import importance_weights, policy_loss_sum, value_loss_sum
 from services.learner.models import load_actor, load_critic
 from services.learner.schedule import lr_at
 
@@ -122,12 +123,13 @@ def train_plainly(config: RunConfig, model: Path) -> dict[str, torch.Tensor]:
     optimisers = [torch.optim.AdamW(m.parameters(), lr=1e-3, **options) for m in (actor, critic)]
     tokens = sum(len(part) for part in packed.targets)
     policy = sum(
-        policy_loss_sum(logprobs, o, b, a, clip=0.2, importance_cap=2.0).loss + 0.1 * k3_sum(logprobs, f)
+        policy_loss_sum(logprobs, o, importance_weights(o, b, 2.0), a, clip_low=0.2, clip_high=0.2).loss
+        + 0.1 * kl(logprobs, f).sum()
         for logprobs, o, b, a, f in (
             (actor(*inputs(i)), old[i], behaviour[i], advantage[i], fixed[i]) for i in range(len(old))
         )
     )
-    value = sum(value_loss_sum(critic(*inputs(i)[:2]), values[i], target[i], clip=0.2) for i in range(len(old)))
+    value = sum(value_loss_sum(critic(*inputs(i)[:2]), values[i], target[i], clip=0.2).loss for i in range(len(old)))
     rate = lr_at(0, total=config.run.steps, peak=1e-3, warmup=0.25, min_ratio=0.1)
     for module, loss, optimiser in zip((actor, critic), (policy, value), optimisers, strict=True):
         (loss / tokens).backward()

@@ -88,7 +88,7 @@ def test_a_position_predicts_the_token_after_it() -> None:
 def test_every_dialogue_is_in_exactly_one_minibatch_on_one_rank() -> None:
     batch = make_batch(23)
     plans = make_plans(batch, world=3, micro_tokens=30, num_minibatches=4)
-    assert sum(len(p.packed.rewards) for p in plans) == 23
+    assert sum(len(p.packed.inputs) for p in plans) == 23
     tokens = sum(int(t.action_mask.sum()) for t in batch)
     assert sum(m.num_actions for p in plans for s in p.shares for m in s.micros) == tokens
     assert sum(s.num_actions for s in plans[0].shares) == tokens
