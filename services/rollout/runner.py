@@ -105,6 +105,11 @@ class DialogueRunner:
         return len(self._since)
 
     @property
+    def num_sampled(self) -> int:
+        """Of them, those for which the engine has work; the others wait for verdicts."""
+        return self._occupancy.num_sampled
+
+    @property
     def oldest_version(self) -> int:
         """The oldest weights that a dialogue under way may hold tokens of; those in use when there is none."""
         return min(self._since.values(), default=self._engine.version)

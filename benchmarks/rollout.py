@@ -1,0 +1,293 @@
+"""How fast the rollout service is against bare vLLM, and how it starts: `make bench-rollout`.
+
+The service is the real one: replica, grader and Valkey as processes, tasks and trajectories through the ledger. The
+reference (`benchmarks.lockstep`) then does the same work in the same run: same prompts and feedback, and for each
+attempt as many tokens as the service sampled. Cases:
+
+- `single`: sampled tokens/s of dialogues with one attempt, against one call of `LLM.generate`.
+- `multi`: dialogues/s with up to five attempts, against the paper's lock-step loop in chunks of 64 tokens.
+- `idle`: share of the time of `multi` in which the engine had nothing to do while dialogues waited for verdicts.
+- `replicas`: dialogues/s of two replicas against one.
+- `start`: seconds from a replica's process to its first token, and where they go.
+
+The last lines printed are one JSON object per claim.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import AutoTokenizer
+
+from services.contracts.config import RunConfig, load, to_toml_dict
+from services.contracts.ledger import Ledger
+from services.contracts.problems import load_problems
+from services.contracts.store import connect
+from services.contracts.valkey import EmbeddedValkey
+from services.contracts.wire import Task, Trajectory
+from services.learner.prepare import prepare
+from services.learner.sampler import TaskSampler
+from tests.processes import ROOT, Service, free_port
+
+MAX_ATTEMPTS = 5
+TIMEOUT_S = 900.0
+NUM_WARM_UP = 64
+METRIC = re.compile(r"^(multiattempt_rollout_\w+?)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to measure with: its configuration file, changes to it, and how much work to do."""
+
+    config: str
+    flags: tuple[str, ...]
+    num_single: int
+    num_multi: int
+    batch: int
+    """Dialogues that the lock-step loop runs together."""
+
+
+MODELS = {
+    "tiny": Model("configs/demo.toml", (), num_single=4096, num_multi=4096, batch=1024),
+    "smollm2": Model(
+        "configs/smollm2-cpu.toml",
+        (
+            "--data.source=arithmetic", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=96",
+            "--dialogue.tokens_per_dialogue=480", "--model.max_model_len=1024", "--rollout.max_num_seqs=32",
+            "--dialogue.system_prompt=You solve sums. Put the final answer within \\boxed{{}}. You have {attempts}.",
+            '--dialogue.examples=[["What is 23+45?", "23+45 = 68, so the answer is \\\\boxed{68}."]]',
+        ),
+        num_single=192,
+        num_multi=160,
+        batch=160,
+    ),
+}  # fmt: skip
+
+
+class System:
+    """Valkey, grader and replicas of one configuration."""
+
+    def __init__(self, config: RunConfig, model: Path) -> None:
+        self.config, self.model = config, model
+        self.replicas: list[Service] = []
+        self._next = 0
+        self._sampler = TaskSampler(load_problems(config).train, seed=0, min_attempts=1, max_attempts=MAX_ATTEMPTS)
+
+    def start_replica(self) -> float:
+        """Seconds until it is ready."""
+        started = time.perf_counter()
+        replica = Service("rollout", self.config, free_port(), "--replica-id", f"rollout-{len(self.replicas)}")
+        self.replicas.append(replica)
+        replica.wait_ready()
+        return time.perf_counter() - started
+
+    def run(self, count: int, *, max_attempts: int | None = None) -> tuple[list[Task], list[Trajectory], float]:
+        """New tasks, their trajectories, seconds from issue to the last one taken. None: N in 1..5."""
+        return asyncio.run(self._run(count, max_attempts))
+
+    async def _run(self, count: int, max_attempts: int | None) -> tuple[list[Task], list[Trajectory], float]:
+        redis = await connect(self.config.redis.url)
+        ledger = Ledger(redis, run=self.config.run.name, lease_s=20, max_deliveries=5)
+        await ledger.open()
+        tasks = [self._sampler.task(self._next + i, batch=0, min_version=0) for i in range(count)]
+        if max_attempts is not None:
+            tasks = [_with_attempts(task, max_attempts) for task in tasks]
+        found: list[Trajectory] = []
+        started = time.perf_counter()
+        self._next = await ledger.issue(self._next, tasks)
+        while len(found) < count:
+            taken = await ledger.take("bench", count, 1.0)
+            found += [one.trajectory for one in taken]
+            await ledger.acknowledge([one.entry_id for one in taken], through_batch=-1)
+            if time.perf_counter() - started > TIMEOUT_S:
+                raise TimeoutError(
+                    f"{len(found)} of {count} trajectories after {TIMEOUT_S:g} s; {await ledger.depth()}"
+                )
+        seconds = time.perf_counter() - started
+        await redis.aclose()
+        return tasks, sorted(found, key=lambda trajectory: trajectory.task_id), seconds
+
+    def metrics(self) -> dict[str, float]:
+        """Counters of the first replica; with labels, the sum over them under the bare name too."""
+        found: dict[str, float] = {}
+        for name, labels, value in METRIC.findall(httpx.get(f"{self.replicas[0].url}/metrics", timeout=10).text):
+            found[name] = found.get(name, 0.0) + float(value)
+            if labels:
+                found[f"{name}{{{labels}}}"] = float(value)
+        return found
+
+    def stop_replicas(self) -> None:
+        for replica in self.replicas:
+            replica.kill()
+        self.replicas = []
+
+
+@contextmanager
+def system(model: Model, flags: Sequence[str]) -> Iterator[System]:
+    """All but the replicas, started."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-rollout-")))
+        valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
+        port = free_port()
+        places = ("--run.name=bench", f"--run.dir={folder}", f"--redis.url={valkey.url}")
+        urls = (f"--grader.url=http://127.0.0.1:{port}", f"--grader.port={port}", "--rollout.device=cpu")
+        config = load(ROOT / model.config, [*model.flags, *places, *urls, *flags], env={})
+        folder = config.run_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = prepare(config)
+        (folder / "config.json").write_text(json.dumps(to_toml_dict(config)))
+        (folder / "model.json").write_text(json.dumps({"path": str(weights)}))
+        grader = Service("grader", config, port)
+        stack.callback(grader.kill)
+        grader.wait_ready()
+        running = System(config, weights)
+        stack.callback(running.stop_replicas)
+        yield running
+
+
+def reference(
+    system: System, case: str, batch: int, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> float:
+    """Seconds that bare vLLM takes for the same dialogues."""
+    config = system.config
+    tokenizer = AutoTokenizer.from_pretrained(system.model)
+    plan = {
+        "case": case,
+        "model": str(system.model),
+        "dtype": config.model.dtype,
+        "max_model_len": config.model.max_model_len,
+        "max_num_seqs": config.rollout.max_num_seqs,
+        "kv_cache_mb": config.rollout.kv_cache_mb,
+        "threads": config.rollout.threads,
+        "batch": batch,
+        "grader_url": config.grader.url,
+        "dialogues": [
+            _planned(tokenizer, task, trajectory) for task, trajectory in zip(tasks, trajectories, strict=True)
+        ],
+    }
+    path = config.run_dir / f"{case}.json"
+    path.write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "benchmarks.lockstep", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the reference failed: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The claims of one model."""
+    model = MODELS[name]
+
+    def claim(case: str, ours: float, against: float, unit: str) -> dict[str, Any]:
+        numbers = {"ours": round(ours, 4), "reference": round(against, 4), "ratio": round(ours / against, 3)}
+        return {"benchmark": "rollout", "case": f"{name}: {case}", **numbers, "unit": unit}
+
+    with system(model, flags) as running:
+        ready_s = running.start_replica()
+        if "start" in cases:
+            first_s = ready_s + _first_token_s(running)
+            print(f"{name}: first token {first_s:.1f} s after the process began: {_phases(running)}")
+        running.run(NUM_WARM_UP)
+        plans = []
+        if "single" in cases:
+            tasks, found, seconds = running.run(model.num_single, max_attempts=1)
+            plans.append(("single", tasks, found, seconds))
+        if {"multi", "idle"} & set(cases):
+            before = running.metrics()
+            tasks, found, seconds = running.run(model.num_multi)
+            counted = {key: value - before.get(key, 0.0) for key, value in running.metrics().items()}
+            _describe(name, found, seconds, counted)
+            idle_s = counted['multiattempt_rollout_engine_idle_seconds_total{because="grading"}']
+            plans.append(("multi", tasks, found, seconds))
+        if "replicas" in cases:
+            one = model.num_multi / (seconds if "multi" in cases else running.run(model.num_multi)[2])
+            running.start_replica()
+            running.run(NUM_WARM_UP)
+            two = model.num_multi / running.run(model.num_multi)[2]
+        running.stop_replicas()  # the reference has the machine to itself
+        for case, tasks, found, seconds in plans:
+            theirs = reference(running, case, model.batch, tasks, found)
+            if case == "single":
+                tokens = sum(int(trajectory.action_mask.sum()) for trajectory in found)
+                yield claim("single attempt", tokens / seconds, tokens / theirs, "tokens/s")
+            else:
+                yield claim("multi-attempt", len(found) / seconds, len(found) / theirs, "dialogues/s")
+                yield claim("engine idle for verdicts", idle_s / seconds, 0.03, "share of time")
+        if "replicas" in cases:
+            yield claim("two replicas against one", two, one, "dialogues/s")
+        if "start" in cases:
+            yield claim("start", first_s, ready_s, "s to the first token, and to readiness")
+
+
+def _with_attempts(task: Task, max_attempts: int) -> Task:
+    from msgspec.structs import replace
+
+    return replace(task, max_attempts=max_attempts)
+
+
+def _planned(tokenizer: Any, task: Task, trajectory: Trajectory) -> dict[str, Any]:
+    """For `lockstep.Planned`."""
+    ends = [0] + [attempt.end for attempt in trajectory.attempts]
+    ids = trajectory.token_ids.tolist()
+    return {
+        "spliced": [ids[end : attempt.start] for end, attempt in zip(ends[:-1], trajectory.attempts, strict=True)],
+        "lengths": [attempt.end - attempt.start for attempt in trajectory.attempts],
+        "texts": [tokenizer.decode(ids[attempt.start : attempt.end]) for attempt in trajectory.attempts],
+        "gold": list(task.gold),
+    }
+
+
+def _describe(name: str, found: Sequence[Trajectory], seconds: float, counted: dict[str, float]) -> None:
+    attempts = [attempt for trajectory in found for attempt in trajectory.attempts]
+    tokens = sum(attempt.end - attempt.start for attempt in attempts)
+    prompts, cached = (counted[f"multiattempt_rollout_prompt_tokens{part}_total"] for part in ("", "_cached"))
+    print(
+        f"{name}: {len(found)} dialogues in {seconds:.1f} s, {len(attempts) / len(found):.2f} attempts each, "
+        f"{tokens / len(attempts):.1f} tokens an attempt; {cached / max(prompts, 1):.0%} of prompt tokens from the "
+        f"prefix cache, {counted['multiattempt_rollout_preemptions_total']:.0f} preemptions"
+    )
+
+
+def _first_token_s(running: System) -> float:
+    """Of a dialogue asked for over HTTP."""
+    body = {"problem": "1+2", "gold": ["3"], "stream": True}
+    started = time.perf_counter()
+    with httpx.stream("POST", f"{running.replicas[0].url}/v1/dialogues", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line == "event: text":
+                return time.perf_counter() - started
+    raise RuntimeError("the dialogue had no text")
+
+
+def _phases(running: System) -> str:
+    """What the replica's log says of its start."""
+    log = running.replicas[0].log.read_text().splitlines()
+    lines = [json.loads(line) for line in log if line.startswith("{")]
+    [ready] = [line for line in lines if line["msg"] == "replica ready"]
+    return ", ".join(f"{phase} {ready[phase]:.1f} s" for phase in ("import", "load", "warm up"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--cases", default="single,multi,idle,replicas,start", help="some of the cases above")
+    arguments, flags = parser.parse_known_args()
+    names = MODELS if arguments.model == "all" else [arguments.model]
+    claims = [claim for name in names for claim in measure(name, flags, arguments.cases.split(","))]
+    for claim in claims:
+        print(json.dumps(claim))
+
+
+if __name__ == "__main__":
+    main()
