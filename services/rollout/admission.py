@@ -19,7 +19,7 @@ SPARE = 8  # a waiting one for so many that are decoded: a place that comes free
 
 
 class Admission:
-    """The limit of one replica. max_num_seqs: sequences that the engine decodes together; capacity_tokens: its cache."""
+    """The limit of one replica. max_num_seqs: sequences decoded together; capacity_tokens: of the cache."""
 
     def __init__(self, *, max_num_seqs: int, capacity_tokens: int, max_model_len: int) -> None:
         self._max_num_seqs = max_num_seqs
