@@ -2,9 +2,12 @@
 
     loop              the order of things: issue, take, train, publish, save, acknowledge (rank 0)
     trainer           one update and one checkpoint, carried out by all ranks together
-    ppo               the arithmetic of one update: old log-probabilities, advantages, minibatch steps
+    ppo               the arithmetic of one update: minibatch steps, their losses and figures
+    first_pass        what comes before them: old log-probabilities, values, reference, advantages
     sampler           task number -> task            batch      trajectories -> arrays, minibatches, micro-batches
-    advantage         GAE, whitening                 losses     policy, value and KL losses as token sums
+    advantage         GAE, group-relative, whitening losses     policy and value losses as token sums
+    kl                k1, k2, k3, adaptive           mismatch   what was sampled against what is trained
+    masking           leaving dialogues out
     schedule          learning rate                  models     actor, critic, frozen reference
     deepspeed_engine  the only file that imports DeepSpeed: engines, optimiser steps, weights for publishing
     checkpoint        atomic folders, newest n kept  metrics    metrics.jsonl, TensorBoard, Prometheus

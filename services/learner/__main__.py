@@ -98,11 +98,12 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.contracts.store import connect
     from services.contracts.telemetry import serve_health
     from services.learner.loop import Loop
-    from services.learner.metrics import Metrics, summarise
+    from services.learner.metrics import Metrics, summarise, weights_and_biases
     from services.learner.publish import Publisher
     from services.learner.sampler import TaskSampler
     from services.learner.trainer import Trainer
 
+    page = weights_and_biases(config)
     redis = await connect(config.redis.url)
     sampler = TaskSampler(
         load_problems(config).train,
@@ -112,7 +113,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         samples_per_problem=config.learner.samples_per_problem,
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
-    metrics = Metrics(config.run_dir, version=trainer.version)
+    metrics = Metrics(config.run_dir, version=trainer.version, sinks=[page] if page else [])
     publisher = Publisher(Registry(redis, run=config.run.name), config, trainer.source)
     loop = Loop(
         config,

@@ -1,18 +1,23 @@
 """What a step was like: figures out of its trajectories, and where all figures go.
 
-metrics.jsonl has one line per step; TensorBoard and Prometheus get the same numbers.
+metrics.jsonl has one line per step; TensorBoard, Prometheus and, where asked for, Weights & Biases get the same.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 from prometheus_client import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
+from services.contracts.config import ConfigError, RunConfig
+from services.contracts.rewards import attempt_reward
 from services.contracts.wire import Trajectory, Verdict
+from services.learner.mismatch import staleness
 
 _VALUE = Gauge("multiattempt_learner_value", "Newest value of each figure in metrics.jsonl", ["name"])
 
@@ -20,12 +25,14 @@ _VALUE = Gauge("multiattempt_learner_value", "Newest value of each figure in met
 def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
     """Figures of one batch trained from weights `version`. Shares are of dialogues unless they say attempts.
 
-    accuracy_first / accuracy_last: first / last attempt correct. staleness: updates between the oldest weights in a
-    dialogue and `version`. generate_s, grade_s: mean seconds of one dialogue spent so.
+    accuracy_first / accuracy_last: first / last attempt correct. staleness_mean, _max: updates between the oldest
+    weights in a dialogue and `version`; staleness_k: share of tokens. generate_s, grade_s: mean seconds of one
+    dialogue spent so. reward_of_n: mean reward of dialogues that were allowed n attempts. accuracy_attempt_k,
+    reward_attempt_k: of the k-th attempts made, share correct and mean of what each would earn by itself.
     """
     verdicts = [[attempt.verdict for attempt in t.attempts] for t in trajectories]
     attempts = [verdict for dialogue in verdicts for verdict in dialogue]
-    staleness = np.array([version - t.oldest_version for t in trajectories])
+    ages = np.array([version - t.oldest_version for t in trajectories])
     tokens = np.array([int(t.action_mask.sum()) for t in trajectories])
     return {
         "dialogues": float(len(trajectories)),
@@ -41,10 +48,70 @@ def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, 
         "total_tokens": float(np.mean([len(t.token_ids) for t in trajectories])),
         "generate_s": float(np.mean([t.timings.generate_s for t in trajectories])),
         "grade_s": float(np.mean([t.timings.grade_s for t in trajectories])),
-        "staleness_mean": float(staleness.mean()),
-        "staleness_max": float(staleness.max()),
+        "staleness_mean": float(ages.mean()),
+        "staleness_max": float(ages.max()),
         "mixed_versions": float(np.mean([len({s.version for s in t.versions}) > 1 for t in trajectories])),
+        **staleness(trajectories, version=version),
+        **_by_allowed(trajectories),
+        **_by_attempt(verdicts),
     }
+
+
+def _by_allowed(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    allowed: dict[int, list[float]] = {}
+    for trajectory in trajectories:
+        allowed.setdefault(trajectory.max_attempts, []).append(trajectory.reward)
+    return {f"reward_of_{n}": float(np.mean(rewards)) for n, rewards in sorted(allowed.items())}
+
+
+def _by_attempt(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    found = {}
+    for k in range(max(map(len, verdicts), default=0)):
+        made = [dialogue[k] for dialogue in verdicts if len(dialogue) > k]
+        found[f"accuracy_attempt_{k + 1}"] = made.count(Verdict.CORRECT) / len(made)
+        found[f"reward_attempt_{k + 1}"] = float(np.mean([attempt_reward(verdict) for verdict in made]))
+    return found
+
+
+class Sink(Protocol):
+    """Where figures go beside the files."""
+
+    def log(self, figures: Mapping[str, float], *, step: int) -> object:
+        """Take the figures of one step."""
+
+    def finish(self) -> object:
+        """Hand over what is left."""
+
+
+def weights_and_biases(config: RunConfig) -> Sink | None:
+    """The run's page in the project `learner.wandb_project`; None when that is empty. Raises ConfigError.
+
+    A run that is resumed goes on with its page; steps done again are kept as they were. Addresses and tokens stay here.
+    """
+    if not config.learner.wandb_project:
+        return None
+    told = {"run", "model", "data", "dialogue", "sampling", "learner"}
+    page: Any = _import_wandb().init(
+        project=config.learner.wandb_project,
+        id=config.run.name,
+        name=config.run.name,
+        resume="allow",
+        dir=str(config.run_dir),
+        config=config.model_dump(mode="json", include=told),
+    )
+    sink: Sink = page
+    return sink
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            "learner.wandb_project: wandb is not installed; pip install wandb, or leave it empty"
+        ) from error
+    module: ModuleType = wandb
+    return module
 
 
 class Metrics:
@@ -53,11 +120,12 @@ class Metrics:
     Lines and events after that version are forgotten: the steps will be done again.
     """
 
-    def __init__(self, folder: Path, *, version: int) -> None:
+    def __init__(self, folder: Path, *, version: int, sinks: Sequence[Sink] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         _forget_after(self._path, version)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=version + 1)
+        self._sinks = tuple(sinks)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one step. A figure that is not finite becomes null."""
@@ -70,10 +138,14 @@ class Metrics:
             _VALUE.labels(name).set(value)
         _VALUE.labels("version").set(step)
         self._board.flush()
+        for sink in self._sinks:
+            sink.log(dict(figures), step=step)
 
     def close(self) -> None:
         """Flush and close."""
         self._board.close()
+        for sink in self._sinks:
+            sink.finish()
 
 
 def _rounded(value: float) -> float:

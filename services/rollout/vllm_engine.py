@@ -151,6 +151,7 @@ class VllmEngine:
         arguments = AsyncEngineArgs(
             model=str(self._model),
             dtype=self._config.model.dtype,
+            hf_overrides={"head_dtype": "float32"} if self._config.model.fp32_head else {},
             max_model_len=self._config.model.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             tensor_parallel_size=settings.tensor_parallel_size,
