@@ -5,7 +5,7 @@ machine: on one engine, among others in another order, on a second engine, and o
 sampled with is then compared with one forward pass of plain transformers over each dialogue:
 
 - `same`: the engine against transformers in the same dtype. The learner recomputes in it: this is the difference that
-  training sees.
+  training sees. Where model.fp32_head is set, both compute the output head in fp32.
 - `wider`: the engine against transformers in the next wider dtype (fp32 for bf16, fp64 for fp32), the same weights.
 - `floor`: transformers in the dtype against transformers in the wider one: what rounding alone does to such a model.
 
@@ -57,16 +57,17 @@ CASES = {
     "tiny fp32": Case("configs/demo.toml", (), "float32"),
     "tiny bf16": Case("configs/demo.toml", (), "bfloat16"),
     "smollm2 bf16": Case("configs/smollm2-cpu.toml", SMOLLM2_FLAGS, "bfloat16"),
+    "smollm2 bf16, fp32 head": Case("configs/smollm2-cpu.toml", (*SMOLLM2_FLAGS, "--model.fp32_head=true"), "bfloat16"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES), help="some of: " + ", ".join(CASES))
+    parser.add_argument("--cases", default=";".join(CASES), help="some of: " + ";".join(CASES))
     parser.add_argument("--dialogues", type=int, default=200)
     arguments, flags = parser.parse_known_args()
     claims: list[dict[str, Any]] = []
-    for name in arguments.cases.split(","):
+    for name in arguments.cases.split(";"):
         with tempfile.TemporaryDirectory(prefix="bench-exactness-") as folder:
             claims += measure(name, arguments.dialogues, flags, Path(folder))
     print()
@@ -84,7 +85,7 @@ def measure(name: str, num_dialogues: int, flags: Sequence[str], folder: Path) -
     sampler = TaskSampler(load_problems(config).train, seed=0, min_attempts=1, max_attempts=MAX_ATTEMPTS)
     tasks = [sampler.task(i, batch=0, min_version=0) for i in range(num_dialogues)]
     first, among_others, again, one_thread = _run_all(config, model, tasks, folder)
-    same, wider, floor = _compare(model, case.dtype, list(first.values()))
+    same, wider, floor = _compare(model, config, list(first.values()))
     shares = {
         "another batch composition": share_identical(first, among_others),
         "a second engine": share_identical(first, again),
@@ -111,13 +112,14 @@ def _run_all(config: RunConfig, model: Path, tasks: Sequence[Task], folder: Path
     return found
 
 
-def _compare(model: Path, dtype: str, trajectories: Sequence[Trajectory]) -> list[Agreement]:
+def _compare(model: Path, config: RunConfig, trajectories: Sequence[Trajectory]) -> list[Agreement]:
     """`same`, `wider`, `floor`."""
     behaviour = [one.logprobs[one.action_mask] for one in trajectories]
+    dtype, fp32_head = config.model.dtype, config.model.fp32_head
     narrow, wide = (
-        [recompute(weights, one)[one.action_mask] for one in trajectories]
-        for weights in (
-            AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, name)).eval()
+        [recompute(weights, one, fp32_head=fp32_head and name == dtype) for one in trajectories]
+        for name, weights in (
+            (name, AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, name)).eval())
             for name in (dtype, WIDER[dtype])
         )
     )

@@ -27,12 +27,20 @@ class Agreement:
 
 
 @torch.no_grad()
-def recompute(model: Any, trajectory: Trajectory) -> NDArray[np.float32]:
-    """Log-probability of each token given those before it, from one forward pass; [L], NaN for the first."""
+def recompute(
+    model: Any, trajectory: Trajectory, *, temperature: float = 1.0, fp32_head: bool = False
+) -> NDArray[np.float32]:
+    """Log-probability of each sampled token given those before it, from one forward pass of a transformers model; [n].
+
+    fp32_head: the output head in fp32, whatever the model's dtype.
+    """
     token_ids = torch.tensor(trajectory.token_ids.astype(np.int64))
-    logits = model(token_ids[None]).logits[0, :-1].float().log_softmax(-1)
-    chosen = logits.gather(1, token_ids[1:, None])[:, 0]
-    return np.concatenate([[np.nan], chosen.numpy()]).astype(np.float32)
+    positions = torch.tensor(np.flatnonzero(trajectory.action_mask))
+    hidden = model.model(token_ids[None]).last_hidden_state[0, positions - 1]
+    weight = model.lm_head.weight
+    logits = hidden.float() @ weight.float().T if fp32_head else hidden @ weight.T
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return logprobs.gather(1, token_ids[positions, None])[:, 0].numpy()
 
 
 def agreement(behaviour: Sequence[NDArray[np.float32]], recomputed: Sequence[NDArray[np.float32]]) -> Agreement:

@@ -18,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load
 from services.contracts.template import feedback_ids, prompt_ids
-from services.contracts.wire import Attempt, Task, Trajectory
+from services.contracts.wire import Attempt, Sampling, Task, Trajectory
 from services.grader.answer import extract
 from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.vllm_engine import BLOCK_TOKENS
@@ -69,7 +69,7 @@ def config(dtype: str) -> RunConfig:
 
 TASKS = [
     Task(task_id=i, batch=0, problem=f"{i}+1", gold=("7",) if i % 8 == 0 else ("8",), max_attempts=1 + i % 4,
-         seed=1000 * i)
+         seed=1000 * i, sampling=Sampling(temperature=0.7 if i % 5 == 0 else None))
     for i in range(NUM_TASKS)
 ]  # fmt: skip
 
@@ -77,9 +77,10 @@ TASKS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_behaviour_logprobs_are_those_of_the_weights(outcomes, references, dtype):
     for trajectories in outcomes[dtype].passes:
+        pairs = [(task, trajectories[task.task_id]) for task in TASKS]
         found = agreement(
-            [t.logprobs[t.action_mask] for t in trajectories.values()],
-            [recompute(references[dtype], t)[t.action_mask] for t in trajectories.values()],
+            [t.logprobs[t.action_mask] for _, t in pairs],
+            [recompute(references[dtype], t, temperature=temperature(task)) for task, t in pairs],
         )
         assert found.num_tokens > 10 * NUM_TASKS
         if dtype == "float32":
@@ -151,6 +152,10 @@ def test_what_other_weights_cached_is_not_used_again(outcomes):
     for outcome in outcomes.values():
         assert outcome.cached_again == NUM_PREFIX // BLOCK_TOKENS * BLOCK_TOKENS
         assert outcome.cached_after_swap == 0
+
+
+def temperature(task: Task) -> float:
+    return task.sampling.temperature or 1.0  # None: the run's
 
 
 def attempts_of(trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], Attempt]]:
