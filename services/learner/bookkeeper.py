@@ -61,8 +61,7 @@ class Bookkeeper:
         snapshot = await self._ledger.snapshot()
         counter = max(snapshot.next_task, next_task)
         forget = self._settled_among(snapshot)
-        # Trained by a learner that died before its checkpoint, on trajectories that Redis had lost.
-        gone = {task_id: LOST_BY_REDIS for task_id, fate in snapshot.settled.items() if is_trained(fate)}
+        gone = _trained_by_the_dead(snapshot)
         # Without a reason for a loss none is recorded: what is missing then is a mistake, and stays visible.
         if lacks_writes or snapshot.durable != version or snapshot.next_task < next_task:
             reason = LOST_WITH_CHECKPOINT if snapshot.durable > version else LOST_BY_REDIS
@@ -83,8 +82,10 @@ class Bookkeeper:
         counter = max(snapshot.next_task, next_task)
         there = {ref.task_id for ref in snapshot.trajectories.values()}
         unsaved = {task_id: fate for task_id, fate in self._trained if task_id not in there}
+        settled = self._settled_among(snapshot)
         lost = dict.fromkeys(missing(self._books, snapshot, counter), LOST_BY_REDIS)
-        forget = self._settled_among(snapshot) | unsaved.keys()  # a task that is back is not to be run again
+        lost |= {task_id: fate for task_id, fate in _trained_by_the_dead(snapshot).items() if task_id not in settled}
+        forget = settled | unsaved.keys()  # a task that is back is not to be run again
         await self._ledger.reconcile(counter, version, forget=forget, gone=lost | unsaved)
         return Reconciled(frozenset(held) - there, len(lost.keys() - unsaved.keys()), len(unsaved))
 
@@ -106,3 +107,8 @@ class Bookkeeper:
 
     def _settled_among(self, snapshot: Snapshot) -> set[int]:
         return self._books.among([*(ref.task_id for ref in snapshot.present()), *snapshot.settled])
+
+
+def _trained_by_the_dead(snapshot: Snapshot) -> dict[int, str]:
+    """Tasks that a learner trained on, whose trajectories Redis lost, before it died: nobody has them now."""
+    return {task_id: LOST_BY_REDIS for task_id, fate in snapshot.settled.items() if is_trained(fate)}

@@ -343,6 +343,18 @@ async def test_a_result_after_the_lease_ran_out_still_counts_if_it_is_the_first(
     assert await ledger.renew("quick", [first.entry_id]) == []  # quick learns that it may stop
 
 
+async def test_a_result_for_a_number_that_redis_lost_and_that_was_issued_again_does_not_count(
+    ledger: Ledger, redis: Redis
+) -> None:
+    await issue(ledger, 1, batch=5)
+    (old,) = await ledger.claim("a", 0, 1)
+    await redis.flushall()
+    await ledger.reconcile(0, 3, forget=[], gone={})
+    await issue(ledger, 1, batch=3)
+    assert not await ledger.complete(old.entry_id, trajectory(old.task))
+    assert ids(await ledger.claim("b", 0, 1)) == [0]
+
+
 # Taking
 
 
