@@ -117,7 +117,8 @@ async def run(config: RunConfig, model: Path, tasks: Sequence[Task], passes: Seq
         """Tokens of one and the same prompt that were found in the prefix cache."""
         before = CACHED_TOKENS._value.get()
         prompt = [5 + i % 7 for i in range(NUM_PREFIX)]
-        await engine.generate(prompt, max_tokens=1, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
+        nothing: dict[str, Any] = {"sampling": Sampling(), "stop_ids": frozenset(), "is_last": lambda _: False}
+        await engine.sample(prompt, max_tokens=1, seed=0, **nothing)
         return int(CACHED_TOKENS._value.get() - before)
 
     try:

@@ -1,12 +1,12 @@
 """Stand-ins for the rollout service's neighbours: real small classes with a script, no patching."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 
 from services.contracts.ledger import Claim
 from services.contracts.wire import Progress, Sampling, Task, Trajectory, Verdict
 from services.grader.client import Grade, GraderUnavailableError
-from services.rollout.runner import Delta, GenerationAborted
+from services.rollout.runner import Completion, GenerationAborted
 
 ABORTED = "aborted"  # in an engine's script: somebody else ends the request
 
@@ -15,61 +15,52 @@ def make_task(task_id: int = 0, *, problem: str = "1+1", gold: tuple[str, ...] =
     return Task(task_id=task_id, batch=0, problem=problem, gold=gold, max_attempts=attempts, seed=7)
 
 
-class FakeGeneration:
-    """Delivers a script of tokens, `chunk` at a time; the log-probability of the i-th is -(i + 1)."""
-
-    def __init__(self, token_ids: Sequence[int], *, chunk: int, swap_at: int | None, is_aborted: bool) -> None:
-        self._token_ids, self._chunk, self._swap_at, self._is_aborted = token_ids, chunk, swap_at, is_aborted
-        self.num_delivered = 0
-        self.has_ended = False
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        for start in range(0, len(self._token_ids), self._chunk):
-            await asyncio.sleep(0)
-            tokens = self._token_ids[start : start + self._chunk]
-            self.num_delivered += len(tokens)
-            yield Delta(tokens, [-float(i + 1) for i in range(start, start + len(tokens))])
-        if self._is_aborted:
-            raise GenerationAborted("by the script")
-
-    async def end(self) -> list[tuple[int, int, int]]:
-        self.has_ended = True
-        n, swap = self.num_delivered, self._swap_at
-        if swap is None or swap >= n:
-            return [(0, 0, n)] if n else []
-        return [(0, 0, swap), (1, swap, n)]
-
-
 class FakeEngine:
     """Answers the k-th request with the k-th entry of its script, cut off like an engine would.
 
-    swap_at: new weights arrive before this token of every request.
+    The log-probability of an answer's i-th token is -(i + 1). swap_at: new weights arrive before this token of every
+    request.
     """
 
     version = 0
 
-    def __init__(self, script: Sequence[Sequence[int] | str], *, chunk: int = 1, swap_at: int | None = None) -> None:
-        self._script, self._chunk, self._swap_at = list(script), chunk, swap_at
+    def __init__(self, script: Sequence[Sequence[int] | str], *, swap_at: int | None = None) -> None:
+        self._script, self._swap_at = list(script), swap_at
         self.prompts: list[list[int]] = []
         self.seeds: list[int] = []
-        self.generations: list[FakeGeneration] = []
 
-    def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> FakeGeneration:
+    async def sample(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        is_last: Callable[[int], bool],
+    ) -> Completion:
         entry = self._script[len(self.prompts)]
         self.prompts.append(list(token_ids))
         self.seeds.append(seed)
-        sampled: list[int] = []
-        for token in () if isinstance(entry, str) else entry[:max_tokens]:
-            sampled.append(token)
-            if token in stop_ids:
-                break
-        generation = FakeGeneration(
-            sampled, chunk=self._chunk, swap_at=self._swap_at, is_aborted=isinstance(entry, str)
-        )
-        self.generations.append(generation)
-        return generation
+        if isinstance(entry, str):
+            raise GenerationAborted("by the script")
+        return await speak(entry[:max_tokens], stop_ids, is_last, swap_at=self._swap_at)
+
+
+async def speak(
+    token_ids: Sequence[int], stop_ids: frozenset[int], is_last: Callable[[int], bool], *, swap_at: int | None = None
+) -> Completion:
+    """The tokens as an engine would sample them, up to the last."""
+    sampled: list[int] = []
+    for token in token_ids:
+        await asyncio.sleep(0)
+        sampled.append(token)
+        if is_last(token) or token in stop_ids:
+            break
+    n = len(sampled)
+    swap = n if swap_at is None else min(swap_at, n)
+    versions = [(version, start, end) for version, start, end in ((0, 0, swap), (1, swap, n)) if start < end]
+    return Completion(sampled, [-float(i + 1) for i in range(n)], versions)
 
 
 class FakeGrader:

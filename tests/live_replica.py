@@ -8,13 +8,13 @@ import contextlib
 import math
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
-from fakes import FakeGeneration, MemoryLedger
+from fakes import MemoryLedger, speak
 
 from services.contracts.config import RunConfig, load
 from services.contracts.wire import Sampling
@@ -23,31 +23,12 @@ from services.learner.arithmetic_model import build_tokenizer
 from services.rollout.app import create_app
 from services.rollout.environment import Grader
 from services.rollout.replica import ReplicaProcess
-from services.rollout.runner import Delta, DialogueRunner
+from services.rollout.runner import Completion, DialogueRunner
 from services.rollout.worker import Worker
 
 TOKEN = "secret"
 START_S = STOP_S = 20.0
 FLAGS = ("--run.name=live", f"--rollout.control_token={TOKEN}", "--dialogue.system_prompt=You have {attempts}")
-
-
-class EndlessGeneration:
-    """Says the same token again and again, and counts itself among those that speak until it is ended or given up."""
-
-    def __init__(self, engine: "ScriptedEngine", token_id: int) -> None:
-        self._engine, self._token_id = engine, token_id
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        self._engine.num_endless += 1
-        try:
-            while True:
-                await asyncio.sleep(0.005)
-                yield Delta([self._token_id], [-1.0])
-        finally:
-            self._engine.num_endless -= 1
-
-    async def end(self) -> list[tuple[int, int, int]]:
-        raise AssertionError("nobody ends this attempt")
 
 
 class ScriptedEngine:
@@ -66,16 +47,34 @@ class ScriptedEngine:
         self.async_llm: Any = ScriptedLLM()
         self._script = script
 
-    def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> FakeGeneration | EndlessGeneration:
+    async def sample(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        is_last: Callable[[int], bool],
+    ) -> Completion:
         self.samplings.append(sampling)
         self.seeds.append(seed)
         text = self._script[seed % len(self._script)]
         if text is None:
-            return EndlessGeneration(self, self.tokenizer.encode("x", add_special_tokens=False)[0])
+            await self._speak_for_ever(is_last)
         said = [*self.tokenizer.encode(text, add_special_tokens=False), min(stop_ids)]
-        return FakeGeneration(said[:max_tokens], chunk=1, swap_at=None, is_aborted=False)
+        return await speak(said[:max_tokens], stop_ids, is_last)
+
+    async def _speak_for_ever(self, is_last: Callable[[int], bool]) -> NoReturn:
+        """The same token again and again, counted among those that speak until it is given up."""
+        [token] = self.tokenizer.encode("x", add_special_tokens=False)
+        self.num_endless += 1
+        try:
+            while True:
+                await asyncio.sleep(0.005)
+                is_last(token)
+        finally:
+            self.num_endless -= 1
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         if len(token_ids) >= 1024:

@@ -4,8 +4,9 @@ Which dialogues run, and how many at once, is `worker`'s business; the state is 
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -13,12 +14,14 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, opening_ids, reply_ids
 from services.contracts.wire import Progress, Sampling, Task, Timings, Trajectory, Verdict
-from services.rollout.box import BoxScanner
 from services.rollout.dialogue import Dialogue, Sampled
 from services.rollout.environment import Grader, Judgement, ask, load_environment
-from services.rollout.events import FedBack, Judged, Listener, Prompted, Said, nobody
+from services.rollout.events import FedBack, Judged, Listener, Prompted, nobody
 from services.rollout.occupancy import Occupancy
-from services.rollout.text import PieceDecoder, TokenText
+from services.rollout.reader import AttemptReader
+from services.rollout.text import TokenText
+
+NUM_REPLIES = 256  # tokenised feedbacks kept
 
 RUNNING = Gauge("multiattempt_rollout_dialogues_running", "Dialogues under way, the ledger's and those asked for")
 VERSION = Gauge("multiattempt_rollout_weight_version", "Weights that generation uses now: policy updates in them")
@@ -52,21 +55,12 @@ class EngineDead(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """What the engine sampled since the last delta."""
+class Completion:
+    """What the engine sampled. n = number of tokens."""
 
-    token_ids: Sequence[int]
-    logprobs: Sequence[float]
-
-
-class Generation(Protocol):
-    """One request under way. Iterate it, then `end` it."""
-
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas as they are sampled; sampled stop tokens are delivered too. Raises GenerationAborted, EngineDead."""
-
-    async def end(self) -> Sequence[tuple[int, int, int]]:
-        """End the request if it has not ended by itself; (version, start, end) over all its tokens."""
+    token_ids: Sequence[int]  # [n]
+    logprobs: Sequence[float]  # [n] of the sampled tokens, after temperature
+    versions: Sequence[tuple[int, int, int]]  # (version, start, end) covering 0..n
 
 
 class Engine(Protocol):
@@ -74,10 +68,21 @@ class Engine(Protocol):
 
     version: int  # of the weights in use
 
-    def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> Generation:
-        """Begin to sample a continuation."""
+    async def sample(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        is_last: Callable[[int], bool],
+    ) -> Completion:
+        """Sample a continuation: up to one of `stop_ids`, the first token that `is_last`, or `max_tokens`.
+
+        `is_last` is shown every token once, in order, as it is sampled, and none after the last. Raises
+        GenerationAborted, EngineDead. When it is cancelled, so is the request.
+        """
 
 
 class DialogueRunner:
@@ -94,6 +99,10 @@ class DialogueRunner:
         self._stop_ids = end_of_turn_ids(tokenizer, config.dialogue)
         self._text = TokenText(tokenizer)
         self._occupancy = Occupancy()
+        # The same few turns come again and again.
+        self._reply_ids = lru_cache(NUM_REPLIES)(
+            lambda turn, closed: reply_ids(tokenizer, config.dialogue, turn, turn_closed=closed)
+        )
         self._since: dict[object, int] = {}  # dialogues under way -> the oldest weights that they may hold tokens of
         RUNNING.set_function(lambda: self.num_running)
         VERSION.set_function(lambda: engine.version)
@@ -212,46 +221,32 @@ class DialogueRunner:
 
     def _feedback(self, dialogue: Dialogue, judgement: Judgement, *, closed: bool) -> list[int]:
         turn = self._environment.feedback(dialogue.task, judgement, dialogue.attempts_left)
-        return reply_ids(self._tokenizer, self._settings, turn, turn_closed=closed)
+        return list(self._reply_ids(turn, closed))
 
     async def _sample(self, dialogue: Dialogue, listen: Listener) -> tuple[Sampled, str]:
         """One attempt, up to the token that closes a box, the end of the turn, or the budget; and its text."""
-        scanner, decoder = BoxScanner(), PieceDecoder(self._text)
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        boxed = closed = False
-        said, num_told, asked = "", 0, time.monotonic()
-        generation = self._engine.generate(
+        reader = AttemptReader(
+            self._text, stop_ids=self._stop_ids, stop_at_box=self._settings.stop_at_box, listen=listen
+        )
+        asked = time.monotonic()
+        completion = await self._engine.sample(
             dialogue.token_ids,
             max_tokens=dialogue.budget,
             seed=dialogue.seed,
             sampling=dialogue.task.sampling,
             stop_ids=self._stop_ids,
+            is_last=reader.take,
         )
-        async for delta in generation:
-            if not token_ids:
-                FIRST_TOKEN_SECONDS.observe(time.monotonic() - asked)
-            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-                token_ids.append(token_id)
-                logprobs.append(logprob)
-                closed = token_id in self._stop_ids
-                piece = "" if closed else decoder.feed(token_id)
-                said += piece
-                boxed = scanner.feed(piece) and self._settings.stop_at_box
-                if closed or boxed:
-                    break
-            if len(said) > num_told:
-                listen(Said(said[num_told:]))
-                num_told = len(said)
-            if closed or boxed:
-                break
-        kept = len(token_ids)
-        spans = [(v, start, min(end, kept)) for v, start, end in await generation.end() if start < kept]
-        sampled = Sampled(token_ids, logprobs, spans, closed_turn=closed, hit_length=not closed and not boxed)
-        text = self._text.decode(token_ids)
-        if text.startswith(said) and text != said:
-            listen(Said(text[len(said) :]))  # it ended inside a character
-        return sampled, text
+        if reader.first_token_at is not None:
+            FIRST_TOKEN_SECONDS.observe(reader.first_token_at - asked)
+        sampled = Sampled(
+            completion.token_ids,
+            completion.logprobs,
+            completion.versions,
+            closed_turn=reader.closed_turn,
+            hit_length=not reader.closed_turn and not reader.closed_box,
+        )
+        return sampled, reader.finish(list(completion.token_ids))
 
 
 def _is_stale(progress: Progress, task: Task) -> bool:

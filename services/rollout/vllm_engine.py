@@ -2,6 +2,9 @@
 
 `logprobs` are those of the distribution that was sampled from (after temperature). Every sampled token carries the
 weight version that produced it. Weights come in through `weights` and `weight_control`.
+
+A request's random numbers come from its own seed; its probabilities depend, in their last bits, on what is computed
+beside it (docs/results/rollout-exactness.md). In fp32 a task was the same dialogue every time; in bf16, rounding may part them.
 """
 
 import asyncio
@@ -9,14 +12,14 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.contracts.config import ConfigError, RunConfig
 from services.contracts.wire import Sampling
 from services.rollout.engine_stats import EngineStats
-from services.rollout.runner import Delta, EngineDead, GenerationAborted
+from services.rollout.runner import Completion, EngineDead, GenerationAborted
 
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
 BATCHED_TOKENS = 8192  # prefilled in one step on a CPU
@@ -35,48 +38,41 @@ ENVIRONMENT = {
 }
 
 
-class VllmGeneration:
-    """One request under way; see runner.Generation."""
+class Watcher:
+    """Stands where vLLM has a request's detokenizer: it is given the tokens of each step, and may end the request.
 
-    def __init__(self, async_llm: Any, prompt: dict[str, Any], parameters: Any, request_id: str) -> None:
-        self._async_llm, self._request_id = async_llm, request_id
-        self._outputs = async_llm.generate(prompt, parameters, request_id)
-        self._spans: list[tuple[int, int, int]] | None = None  # known once it has ended
-        self._is_ending = False
+    So nothing is woken up for a token: the caller hears of the request once, when it is over.
+    """
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas as they come."""
-        return self
+    def __init__(self, is_last: Callable[[int], bool]) -> None:
+        self._is_last = is_last
+        self.output_token_ids: list[int] = []
+        self.has_ended = False
+        self.error: Exception | None = None
 
-    async def __anext__(self) -> Delta:
-        """The next delta."""
-        if self._spans is not None:
-            raise StopAsyncIteration
-        with _death_told(self._async_llm):
-            output = await anext(self._outputs)
-        sampled = output.outputs[0]
-        if output.finished:
-            self._spans = [(int(span.version), span.start, span.end) for span in sampled.weight_versions or []]
-            if sampled.finish_reason not in ("stop", "length") and not self._is_ending:
-                # An abort at a swap, or a fault of the engine's: half an attempt, which must not be judged.
-                raise GenerationAborted(f"the engine ended the request: {sampled.finish_reason}")
-        flat = sampled.logprobs
-        return Delta(list(sampled.token_ids), [flat.logprobs[i] for i in flat.start_indices] if flat else [])
+    def num_output_tokens(self) -> int:
+        """Tokens of the request so far."""
+        return len(self.output_token_ids)
 
-    async def end(self) -> Sequence[tuple[int, int, int]]:
-        """Abort if need be; vLLM tells the weight versions only with the last output."""
-        if self._spans is None:
-            self._is_ending = True
-            with _death_told(self._async_llm):
-                await self._async_llm.abort(self._request_id)
-            await self.drain()
-        assert self._spans is not None
-        return self._spans
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Take the next tokens. Those after the last are not kept."""
+        for token_id in token_ids:
+            if self.has_ended:
+                break
+            self.output_token_ids.append(token_id)
+            try:
+                self.has_ended = self._is_last(token_id)
+            except Exception as error:  # noqa: BLE001 - it is this request's; raised here, it would be every request's
+                self.error, self.has_ended = error, True
 
-    async def drain(self) -> None:
-        """Take what is left."""
-        async for _ in self:
-            pass
+    def update(self, new_token_ids: Sequence[int], stop_terminated: bool) -> str | None:  # noqa: FBT001 - vLLM's form
+        """For vLLM: take new tokens; any string ends the request."""
+        self.take(new_token_ids)
+        return "seen enough" if self.has_ended else None
+
+    def get_next_output_text(self, finished: bool, delta: bool) -> str:  # noqa: FBT001 - vLLM's form
+        """For vLLM: no text; whoever watches reads the tokens."""
+        return ""
 
 
 class VllmEngine:
@@ -116,7 +112,8 @@ class VllmEngine:
         self.async_llm, self.tokenizer = await asyncio.to_thread(self._load)
         loaded = time.monotonic()
         await self.async_llm.update_weight_version(str(self.version))
-        await self.generate([0, 1], max_tokens=4, seed=0, sampling=Sampling(), stop_ids=frozenset()).drain()
+        nothing: dict[str, Any] = {"sampling": Sampling(), "stop_ids": frozenset(), "is_last": lambda _: False}
+        await self.sample([0, 1], max_tokens=4, seed=0, **nothing)
         self.phases = {"import": imported - began, "load": loaded - imported, "warm up": time.monotonic() - loaded}
 
     def _import(self) -> None:
@@ -174,14 +171,68 @@ class VllmEngine:
         unregister_vllm_metrics()  # type: ignore[no-untyped-call]
         return async_llm, AutoTokenizer.from_pretrained(self._model)
 
-    def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> "VllmGeneration":
-        """Begin to sample a continuation."""
+    async def sample(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        is_last: Callable[[int], bool],
+    ) -> Completion:
+        """See runner.Engine."""
+        watcher = Watcher(is_last)
+        with _death_told(self.async_llm):
+            output = await self._watch(
+                self._prompt(token_ids),
+                self._parameters(max_tokens=max_tokens, seed=seed, sampling=sampling, stop_ids=stop_ids),
+                watcher,
+            )
+        completion = output.outputs[0]
+        watcher.take(completion.token_ids[watcher.num_output_tokens() :])  # sampled before it could watch
+        if watcher.error is not None:
+            raise watcher.error
+        if completion.finish_reason not in ("stop", "length") and not watcher.has_ended:
+            # An abort at a swap, or a fault of the engine's: half an attempt, which must not be judged.
+            raise GenerationAborted(f"the engine ended the request: {completion.finish_reason}")
+        kept, flat = watcher.num_output_tokens(), completion.logprobs
+        spans = [(int(span.version), span.start, min(span.end, kept)) for span in completion.weight_versions or []]
+        return Completion(
+            watcher.output_token_ids,
+            [flat.logprobs[i] for i in flat.start_indices[:kept]],
+            [(version, start, end) for version, start, end in spans if start < end],
+        )
+
+    async def _watch(self, prompt: dict[str, Any], parameters: Any, watcher: Watcher) -> Any:
+        """Have a request sampled under a watcher's eyes; its last output."""
+        llm = self.async_llm
+        queue = await llm.add_request(str(next(self._ids)), prompt, parameters)
+        try:
+            state = llm.output_processor.request_states.get(queue.request_id)
+            if state is not None:  # else it is over already
+                watcher.take(state.detokenizer.output_token_ids)
+                if watcher.has_ended:
+                    await llm.abort(queue.request_id, internal=True)
+                else:
+                    state.detokenizer = watcher
+            return await queue.get()
+        except asyncio.CancelledError:
+            await llm.abort(queue.request_id, internal=True)
+            raise
+
+    def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """vLLM's own form of a prompt, which it takes without a detour over a thread.
+
+        A swap clears the prefix cache; the salt says so once more: other weights' keys and values never match.
+        """
+        return {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": f"version {self.version}"}
+
+    def _parameters(self, *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         defaults = self._config.sampling
-        parameters = SamplingParams(
+        return SamplingParams(
             temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
             top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
             top_k=defaults.top_k if sampling.top_k is None else sampling.top_k,
@@ -191,11 +242,8 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=False,
             stop_token_ids=sorted(stop_ids),
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # A swap clears the prefix cache; the salt says so once more: other weights' keys and values never match.
-        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": f"version {self.version}"}
-        return VllmGeneration(self.async_llm, prompt, parameters, str(next(self._ids)))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it, at temperature 1; the first has none (NaN)."""

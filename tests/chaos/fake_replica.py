@@ -9,7 +9,6 @@ import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
 
 from redis.asyncio import Redis
 
@@ -20,7 +19,7 @@ from services.contracts.store import connect
 from services.contracts.wire import Verdict
 from services.grader.client import Grade
 from services.rollout.ending import Signals
-from services.rollout.runner import Delta, DialogueRunner
+from services.rollout.runner import Completion, DialogueRunner
 from services.rollout.worker import Worker
 
 LEASE_S = 1.0
@@ -47,31 +46,21 @@ class ByteTokenizer:
         return [chr(token) for token in token_ids]
 
 
-class SlowGeneration:
+class SlowEngine:
     """A box after some digits, a token at a time."""
 
-    def __init__(self, redis: Redis, seed: int, version: int) -> None:
-        self._redis, self._seed, self._version = redis, seed, version
-        self._num = 0
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        await self._redis.hincrby("begun", str(self._seed), 1)
-        text = "1" * random.randint(1, 12) + "\\boxed{3}"
-        for token in text.encode():
-            await asyncio.sleep(TOKEN_S)
-            self._num += 1
-            yield Delta([token], [-random.random()])
-
-    async def end(self) -> list[tuple[int, int, int]]:
-        return [(self._version, 0, self._num)] if self._num else []
-
-
-class SlowEngine:
     def __init__(self, redis: Redis, version: int) -> None:
         self._redis, self.version = redis, version
 
-    def generate(self, token_ids, *, max_tokens, seed, sampling, stop_ids) -> SlowGeneration:
-        return SlowGeneration(self._redis, seed, self.version)
+    async def sample(self, token_ids, *, max_tokens, seed, sampling, stop_ids, is_last) -> Completion:
+        await self._redis.hincrby("begun", str(seed), 1)
+        sampled: list[int] = []
+        for token in ("1" * random.randint(1, 12) + "\\boxed{3}").encode():
+            await asyncio.sleep(TOKEN_S)
+            sampled.append(token)
+            if is_last(token):
+                break
+        return Completion(sampled, [-random.random() for _ in sampled], [(self.version, 0, len(sampled))])
 
 
 class StrictGrader:

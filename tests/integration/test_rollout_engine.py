@@ -1,50 +1,157 @@
-"""What the engine wrapper asks of vLLM, with vLLM's own parameter classes and a recording in place of its engine."""
+"""What the engine wrapper asks of vLLM, with vLLM's own parameter and detokenizer classes around a script."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from services.contracts.config import load
 from services.contracts.wire import Sampling
+from services.rollout.runner import GenerationAborted
 from services.rollout.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.integration
 
 
-class RecordingLlm:
-    """Keeps what it was asked."""
+class ScriptedLlm:
+    """AsyncLLM's manners: a request's detokenizer is given each step's tokens, and any string from it ends the request.
 
-    def __init__(self) -> None:
-        self.requests: list[tuple] = []
+    early: tokens that were sampled before `add_request` returned. finish_reason: how the request ends by itself.
+    """
 
-    def generate(self, prompt, parameters, request_id):
+    errored = False
+
+    def __init__(
+        self, *steps: list[int], early: int = 0, finish_reason: str | None = "length", swap_at: int = 99
+    ) -> None:
+        self._steps, self._early, self._finish_reason, self._swap_at = steps, early, finish_reason, swap_at
+        self.output_processor = SimpleNamespace(request_states={})
+        self.requests: list[tuple[Any, Any, str]] = []
+        self.aborted: list[str] = []
+        self._over = asyncio.Event()
+        self._reason = "abort"
+
+    async def add_request(self, request_id: str, prompt: Any, parameters: Any) -> "ScriptedLlm":
         self.requests.append((prompt, parameters, request_id))
+        self.request_id = f"{request_id}-internal"
+        self.output_processor.request_states[self.request_id] = SimpleNamespace(detokenizer=IncrementalDetokenizer())
+        self._state = self.output_processor.request_states[self.request_id]
+        for step in self._steps[: self._early]:
+            self._state.detokenizer.update(step, False)
+        self.sampling = asyncio.create_task(self._sample(self._steps[self._early :]))
+        return self
+
+    async def _sample(self, steps) -> None:
+        for step in steps:
+            await asyncio.sleep(0)
+            if self._over.is_set():
+                return
+            if self._state.detokenizer.update(list(step), False):
+                self._reason = "stop"
+                self._over.set()
+        if self._finish_reason is not None and not self._over.is_set():
+            self._reason = self._finish_reason
+            self._over.set()
+
+    async def get(self) -> Any:
+        await self._over.wait()
+        tokens = self._state.detokenizer.output_token_ids
+        flat = SimpleNamespace(logprobs=[-float(t) for t in tokens], start_indices=list(range(len(tokens))))
+        ends = [(3, 0, min(self._swap_at, len(tokens))), (4, min(self._swap_at, len(tokens)), len(tokens))]
+        versions = [SimpleNamespace(version=str(v), start=start, end=end) for v, start, end in ends if start < end]
+        completion = SimpleNamespace(
+            token_ids=tokens, logprobs=flat, finish_reason=self._reason, weight_versions=versions
+        )
+        return SimpleNamespace(outputs=[completion], finished=True)
+
+    async def abort(self, request_id: str, *, internal: bool) -> None:
+        assert internal
+        self.aborted.append(request_id)
+        self._over.set()
 
 
-@pytest.fixture
-def engine(tmp_path) -> VllmEngine:
+def make_engine(llm: ScriptedLlm, tmp_path) -> VllmEngine:
     engine = VllmEngine(load(None, ["--sampling.temperature=0.7"], env={}), tmp_path)
-    engine.async_llm = RecordingLlm()
+    engine.async_llm = llm
     return engine
 
 
-def ask(engine: VllmEngine, **overrides: float):
-    engine.generate([1, 2], max_tokens=5, seed=9, sampling=Sampling(**overrides), stop_ids=frozenset({7, 3}))
+async def sample(engine: VllmEngine, is_last=lambda _: False, **overrides: float):
+    stops = frozenset({7, 3})
+    return await engine.sample(
+        [1, 2], max_tokens=5, seed=9, sampling=Sampling(**overrides), stop_ids=stops, is_last=is_last
+    )
+
+
+async def ask(engine: VllmEngine, **overrides: float):
+    await sample(engine, **overrides)
     return engine.async_llm.requests[-1]
 
 
-def test_no_cached_prefix_outlives_its_weights(engine):
-    salts = []
+async def test_no_cached_prefix_outlives_its_weights(tmp_path) -> None:
+    engine, salts = make_engine(ScriptedLlm([5]), tmp_path), []
     for version in (3, 3, 4):
         engine.version = version
-        salts.append(ask(engine)[0]["cache_salt"])
+        salts.append((await ask(engine))[0]["cache_salt"])
     assert salts[0] == salts[1] != salts[2]
 
 
-def test_a_tasks_sampling_goes_over_the_runs(engine):
-    assert ask(engine)[1].temperature == 0.7
-    parameters = ask(engine, temperature=0.0)[1]
+async def test_a_tasks_sampling_goes_over_the_runs(tmp_path) -> None:
+    engine = make_engine(ScriptedLlm([5]), tmp_path)
+    assert (await ask(engine))[1].temperature == 0.7
+    parameters = (await ask(engine, temperature=0.0))[1]
     assert (parameters.temperature, parameters.max_tokens, parameters.seed) == (0.0, 5, 9)
     assert sorted(parameters.stop_token_ids) == [3, 7]
 
 
-def test_each_request_has_a_name_of_its_own(engine):
-    assert ask(engine)[2] != ask(engine)[2]
+async def test_each_request_has_a_name_of_its_own(tmp_path) -> None:
+    engine = make_engine(ScriptedLlm([5]), tmp_path)
+    assert (await ask(engine))[2] != (await ask(engine))[2]
+
+
+@pytest.mark.parametrize("early", [0, 1, 2, 3])
+@pytest.mark.parametrize("steps", [([5], [6], [8], [9]), ([5, 6], [8, 9]), ([5, 6, 8, 9],), ([5], [6, 8], [9])])
+async def test_every_token_is_shown_once_and_none_after_the_last_is_kept(tmp_path, steps, early) -> None:
+    shown: list[int] = []
+
+    def is_last(token: int) -> bool:
+        shown.append(token)
+        return token == 8
+
+    llm = ScriptedLlm(*steps, early=min(early, len(steps)), swap_at=1)
+    completion = await sample(make_engine(llm, tmp_path), is_last)
+    assert shown == list(completion.token_ids) == [5, 6, 8]
+    assert completion.logprobs == [-5.0, -6.0, -8.0]
+    assert completion.versions == [(3, 0, 1), (4, 1, 3)]
+
+
+async def test_a_request_that_ends_by_itself_is_whole(tmp_path) -> None:
+    llm = ScriptedLlm([5], [6, 9], finish_reason="stop")
+    completion = await sample(make_engine(llm, tmp_path))
+    assert (completion.token_ids, completion.versions) == ([5, 6, 9], [(3, 0, 3)])
+    assert llm.aborted == []
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_half_an_attempt_is_not_passed_off_as_a_whole_one(tmp_path, reason) -> None:
+    with pytest.raises(GenerationAborted, match=reason):
+        await sample(make_engine(ScriptedLlm([5], [6], finish_reason=reason), tmp_path))
+
+
+async def test_what_is_raised_while_a_token_is_looked_at_concerns_that_request_alone(tmp_path) -> None:
+    llm = ScriptedLlm([5], [6], [9])
+    with pytest.raises(ZeroDivisionError):
+        await sample(make_engine(llm, tmp_path), lambda token: 1 // (token - 6) > 5)
+    await llm.sampling  # vLLM's loop saw nothing of it
+
+
+async def test_a_cancelled_request_is_aborted_in_the_engine(tmp_path) -> None:
+    llm = ScriptedLlm([5], finish_reason=None)
+    sampling = asyncio.create_task(sample(make_engine(llm, tmp_path)))
+    await asyncio.sleep(0.01)
+    sampling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sampling
+    assert llm.aborted == [llm.request_id]

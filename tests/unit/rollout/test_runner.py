@@ -33,19 +33,16 @@ def make_runner(tokenizer):
     return make
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 50])
-async def test_an_attempt_ends_at_the_token_that_closes_the_box(make_runner, ids, tokenizer, chunk):
-    engine, grader = FakeEngine([ids("so \\boxed{3} and more")], chunk=chunk), FakeGrader(CORRECT)
+async def test_an_attempt_ends_at_the_token_that_closes_the_box(make_runner, ids, tokenizer):
+    engine, grader = FakeEngine([ids("so \\boxed{3} and more")]), FakeGrader(CORRECT)
     trajectory = await make_runner(engine, grader).run(make_task())
     assert grader.responses == ["so \\boxed{3}"]
     assert tokenizer.decode(trajectory.token_ids[trajectory.action_mask]) == "so \\boxed{3}"
-    assert engine.generations[0].has_ended
     assert spans_cover_actions(trajectory.versions, trajectory.action_mask)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 50])
-async def test_versions_are_cut_with_the_tokens(make_runner, ids, chunk):
-    engine = FakeEngine([ids("\\boxed{3} and more")], chunk=chunk, swap_at=2)
+async def test_versions_are_cut_with_the_tokens(make_runner, ids):
+    engine = FakeEngine([ids("\\boxed{3} and more")], swap_at=2)
     trajectory = await make_runner(engine, FakeGrader(CORRECT)).run(make_task())
     start = trajectory.attempts[0].start
     assert [(s.version, s.start - start, s.end - start) for s in trajectory.versions] == [(0, 0, 2), (1, 2, 3)]
@@ -55,7 +52,7 @@ async def test_a_sampled_end_of_turn_is_trained_and_not_spliced_in_again(make_ru
     config = load(None, [], env={})
     [end] = ids("<|im_end|>")
     assert end in end_of_turn_ids(tokenizer, config.dialogue)
-    engine = FakeEngine([[*ids("none"), end], ids("\\boxed{2}")], chunk=2)
+    engine = FakeEngine([[*ids("none"), end], ids("\\boxed{2}")])
     trajectory = await make_runner(engine, FakeGrader(NO_ANSWER, CORRECT)).run(make_task())
     attempt = trajectory.attempts[0]
     assert trajectory.token_ids[attempt.end - 1] == end
@@ -74,7 +71,7 @@ async def test_an_end_of_turn_spliced_in_after_a_box_is_not_trained(make_runner,
 
 
 async def test_the_second_prompt_is_the_first_one_the_attempt_and_honest_feedback(make_runner, ids, tokenizer):
-    engine = FakeEngine([ids("\\boxed{3}!!"), ids("\\boxed{2}")], chunk=50)
+    engine = FakeEngine([ids("\\boxed{3}!!"), ids("\\boxed{2}")])
     trajectory = await make_runner(engine, FakeGrader(WRONG, CORRECT)).run(make_task(attempts=2))
     first, second = engine.prompts
     assert second[: len(first) + 3] == first + ids("\\boxed{3}")
