@@ -5,9 +5,6 @@ weight version that produced it. Weights come in through `weights` and `weight_c
 
 A request's random numbers come from its own seed; its probabilities depend, in their last bits, on what is computed
 beside it (docs/results/rollout-exactness.md): in bf16 the same task may be another dialogue on another replica.
-
-A request's random numbers come from its own seed; its probabilities depend, in their last bits, on what is computed
-beside it (docs/results/rollout-exactness.md). In fp32 a task was the same dialogue every time; in bf16, rounding may part them.
 """
 
 import asyncio
