@@ -7,7 +7,7 @@ from pathlib import Path
 from services.contracts.config import ConfigError, load_resolved
 from services.contracts.ledger import Ledger
 from services.contracts.registry import Registry
-from services.contracts.store import connect
+from services.contracts.store import connect, masked
 
 PATIENCE_S = 2.0
 
@@ -43,7 +43,7 @@ async def show_status(run: Path | None) -> int:
     try:
         client = await connect(config.redis.url, patience_s=PATIENCE_S, start_patience_s=PATIENCE_S)
     except ConfigError:
-        print(f"not running: nothing answers at {config.redis.url}", file=sys.stderr)
+        print(f"not running: nothing answers at {masked(config.redis.url)}", file=sys.stderr)
         return 1
     try:
         ledger = Ledger(

@@ -7,12 +7,20 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 
 from services.contracts.config import ConfigError
 
@@ -21,6 +29,11 @@ CONNECT_TIMEOUT_S = 2.0
 PATIENCE_S = 30.0  # how long a running service waits for a server that went away: a restart with its file to read
 START_PATIENCE_S = 5.0  # at start, the server may still be coming up beside us
 MAX_CONNECTIONS = 16  # further commands queue for one
+SECRET_PARAMETERS = frozenset({"password", "ssl_password"})
+
+# Answers of a server that will be well again: its disk is full, its memory is, or it is not the primary for now.
+# A script that is refused so has done nothing: the server looks before the first write.
+_PASSING = ("MISCONF", "NOREPLICAS")
 
 _T = TypeVar("_T")
 
@@ -36,7 +49,8 @@ class PatientRetry(Retry):
     """
 
     def __init__(self, patience_s: float) -> None:
-        super().__init__(ExponentialBackoff(cap=1.0, base=0.05), retries=-1)
+        supported = (ConnectionError, TimeoutError, ResponseError)
+        super().__init__(ExponentialBackoff(cap=1.0, base=0.05), retries=-1, supported_errors=supported)
         self._patience_s = patience_s
 
     async def call_with_retry(
@@ -57,6 +71,10 @@ class PatientRetry(Retry):
                     raise asyncio.CancelledError
                 return result
             except self._supported_errors as error:
+                if isinstance(error, ResponseError) and not is_passing(error):
+                    if _cancellations() > cancellations:
+                        raise asyncio.CancelledError from error
+                    raise
                 if is_retryable and not is_retryable(error):
                     raise
                 # A wrong password is a ConnectionError to redis-py; waiting does not mend it.
@@ -72,21 +90,40 @@ class PatientRetry(Retry):
                 await asyncio.sleep(pause_s)
 
 
+class _Pool(BlockingConnectionPool):
+    """Mends the same lost cancellations while a new connection introduces itself, which no `Retry` surrounds."""
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:
+        """A connection that is ready."""
+        cancellations = _cancellations()
+        connection = await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+        if _cancellations() > cancellations:
+            await self.release(connection)
+            raise asyncio.CancelledError
+        return connection
+
+
 async def connect(url: str, *, patience_s: float = PATIENCE_S, start_patience_s: float = START_PATIENCE_S) -> Redis:
     """Open a client and check that a server answers.
 
-    url: `redis://[:password@]host:port/db`, `rediss://` or `unix://`. patience_s: how long each later command waits
-    for a lost server before it raises redis.exceptions.ConnectionError. Replies are bytes.
+    url: `redis://[:password@]host:port/db`, or `unix://`, or `rediss://` for TLS, where the certificate of an authority
+    of one's own is named by `?ssl_ca_certs=/path/ca.pem` and a client's by `ssl_certfile`, `ssl_keyfile`.
+    patience_s: how long each later command waits for a lost server, or one that refuses to write for now, before it
+    raises redis.exceptions.RedisError. Replies are bytes.
     Raises ConfigError, one line, when no server answers within `start_patience_s`. Close with `await client.aclose()`.
     """
     try:
         client = _client(url, start_patience_s)
     except ValueError as error:
-        raise ConfigError(f"redis.url {_masked(url)!r}: {error}") from error
+        raise ConfigError(f"redis.url {masked(url)!r}: {error}") from error
     try:
         await client.ping()
-    except (ConnectionError, TimeoutError, RedisError) as error:
-        raise ConfigError(f"no Redis at {_masked(url)}: {error}") from error
+    except AuthenticationError as error:
+        raise ConfigError(f"redis.url {masked(url)!r}: the server refuses the name or password ({error})") from error
+    except RedisError as error:
+        raise ConfigError(f"no Redis at {masked(url)}: {error}") from error
+    except (TypeError, OSError) as error:  # a parameter that the client does not know; a certificate that is not there
+        raise ConfigError(f"redis.url {masked(url)!r}: {error}") from error
     finally:
         await client.aclose()
     return _client(url, patience_s)
@@ -99,7 +136,7 @@ def _cancellations() -> int:
 
 
 def _client(url: str, patience_s: float) -> Redis:
-    pool = BlockingConnectionPool.from_url(
+    pool = _Pool.from_url(
         url,
         timeout=PATIENCE_S,
         max_connections=MAX_CONNECTIONS,
@@ -112,9 +149,18 @@ def _client(url: str, patience_s: float) -> Redis:
     return Redis.from_pool(pool)
 
 
-def _masked(url: str) -> str:
-    """The URL without its password: it goes into logs."""
+def is_passing(error: ResponseError) -> bool:
+    """Whether the same command is worth another try."""
+    return isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(_PASSING)
+
+
+def masked(url: str) -> str:
+    """The URL without its passwords, for logs, messages and the terminal."""
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}").geturl()
+    if parts.password is not None:
+        parts = parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}")
+    parameters = parse_qsl(parts.query, keep_blank_values=True)
+    if any(name in SECRET_PARAMETERS for name, _ in parameters):
+        shown = [(name, "***" if name in SECRET_PARAMETERS else value) for name, value in parameters]
+        parts = parts._replace(query=urlencode(shown, safe="*/"))
+    return parts.geturl()

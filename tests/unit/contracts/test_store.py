@@ -5,10 +5,17 @@ import contextlib
 import time
 
 import pytest
-from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 
 from services.contracts.config import ConfigError
-from services.contracts.store import PatientRetry, connect
+from services.contracts.store import PatientRetry, connect, masked
 
 
 async def _nothing(_: Exception) -> None:
@@ -62,6 +69,60 @@ async def test_a_cancellation_that_the_client_forgets_still_cancels() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_forgotten_cancellation_cancels_though_the_command_is_refused() -> None:
+    async def forgetful() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(5)
+        raise ResponseError("BUSYGROUP there is one")
+
+    task = asyncio.create_task(PatientRetry(5.0).call_with_retry(forgetful, _nothing))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    "passing",
+    [ResponseError("MISCONF Errors writing to the AOF file"), ReadOnlyError("a replica"), OutOfMemoryError("")],
+)
+async def test_a_server_that_refuses_to_write_for_now_is_waited_for(passing: ResponseError) -> None:
+    errors = [passing]
+
+    async def command() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    assert await PatientRetry(5.0).call_with_retry(command, _nothing) == "answer"
+
+
+async def test_a_mistake_of_ours_is_not_tried_again() -> None:
+    tries = []
+
+    async def command() -> str:
+        tries.append(1)
+        raise ResponseError("WRONGTYPE")
+
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await PatientRetry(5.0).call_with_retry(command, _nothing)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://me:se%40cret@h:1/0?ssl_ca_certs=/etc/ca.pem", "rediss://me:***@h:1/0?ssl_ca_certs=/etc/ca.pem"),
+        ("redis://h:1/0?password=secret", "redis://h:1/0?password=***"),
+        ("rediss://h/0?ssl_ca_certs=/c.pem&ssl_password=secret", "rediss://h/0?ssl_ca_certs=/c.pem&ssl_password=***"),
+    ],
+)
+def test_a_url_is_shown_without_its_passwords(url: str, shown: str) -> None:
+    assert masked(url) == shown
 
 
 async def test_cleaning_up_after_a_cancellation_may_use_the_client() -> None:
