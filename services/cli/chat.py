@@ -237,7 +237,7 @@ class _Chat:
 
     def _result(self, data: dict[str, Any], seed: int) -> None:
         count = len(data["attempts"])
-        versions = ", ".join(str(version) for version in sorted(set(data["weight_versions"])))
+        versions = ", ".join(str(version) for version in data["weight_versions"])
         self._write_line(
             f"{ENDS[data['finish_reason']]} after {count} attempt{'s' * (count != 1)}, reward {data['reward']:+g}, "
             f"{data['num_tokens']} tokens, {data['seconds']['total']:.1f} s, seed {seed}, weight version {versions}",

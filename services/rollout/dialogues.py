@@ -149,6 +149,6 @@ def _response(replica: ReplicaProcess, trajectory: Trajectory) -> DialogueRespon
         reward=trajectory.reward,
         finish_reason=trajectory.finish_reason,
         num_tokens=len(trajectory.token_ids),
-        weight_versions=[span.version for span in trajectory.versions],
+        weight_versions=sorted({span.version for span in trajectory.versions}),
         seconds={"generate": timings.generate_s, "grade": timings.grade_s, "total": timings.total_s},
     )

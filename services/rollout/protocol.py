@@ -88,7 +88,7 @@ class DialogueResponse(_Body):
     num_tokens: int
     """All of the dialogue's: prompt, attempts, feedback."""
     weight_versions: list[int]
-    """Of the attempts' tokens, in order."""
+    """Those that sampled the attempts, the oldest first."""
     seconds: dict[str, float]
     """Spent on generating, on grading, and in total."""
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import uvicorn
 from fakes import FakeEngine
-from live_replica import scripted_replica
+from live_replica import ScriptedEngine, scripted_replica
 
 from services.contracts.config import load
 from services.contracts.wire import Verdict
@@ -120,3 +120,50 @@ async def test_a_replica_that_still_loads_says_so(client, replica):
     replica.trouble = "the model is being loaded"
     for refused in (await client.get("/readyz"), await client.post("/v1/dialogues", json=BODY)):
         assert (refused.status_code, refused.json()["detail"]) == (503, "the model is being loaded")
+
+
+async def test_a_full_replica_says_so_and_when_to_come_back(client, replica):
+    replica.runner._since.update({object(): 0 for _ in range(1024)})
+    answer = await client.post("/v1/dialogues", json=BODY)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["detail"] == "1024 dialogues are under way"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_replica_that_ends_says_so_to_the_dialogues_it_has(client, replica, grader, is_streamed):
+    asking = asyncio.create_task(client.post("/v1/dialogues", json={**BODY, "stream": is_streamed}))
+    await until(lambda: grader.num_waiting == 1)
+    replica.done.set()
+    answer = await asyncio.wait_for(asking, 5)
+    assert answer.status_code == (200 if is_streamed else 503) and "the replica is stopping" in answer.text
+    assert (replica.runner.num_running, grader.num_waiting) == (0, 0)
+
+
+async def test_a_stream_that_cannot_begin_has_a_status(client):
+    answer = await client.post("/v1/dialogues", json={**BODY, "problem": "1" * 9000, "stream": True})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("peer", "headers", "status"),
+    [
+        ("127.0.0.1", {}, 200),
+        ("::1", {}, 200),
+        ("::ffff:127.0.0.1", {}, 200),
+        ("10.0.0.7", {}, 403),
+        ("127.0.0.1", {"X-Forwarded-For": "10.0.0.7"}, 403),
+        ("127.0.0.1", {"Origin": "http://localhost:8100"}, 403),
+        ("127.0.0.1", {"Authorization": "Bearer guess"}, 200),
+    ],
+)
+async def test_without_a_token_control_is_for_programs_on_this_machine(grader, peer, headers, status):
+    replica = scripted_replica(load(None, [], env={}), engine=ScriptedEngine(["x"]), grader=grader)
+    transport = httpx.ASGITransport(create_app(replica), client=(peer, 1234))
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica", headers=headers) as client:
+        assert (await client.post("/control/pause")).status_code == status
+        assert (await client.get("/v1/weights")).status_code == 200  # whoever asks
+
+
+async def test_weights_are_told_once_there_are_any(client, replica):
+    replica.engine, replica.trouble = ScriptedEngine(["x"]), "the model is being loaded"
+    assert (await client.get("/v1/weights")).status_code == 503
