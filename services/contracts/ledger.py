@@ -31,7 +31,7 @@ from importlib import resources
 from typing import Any, NamedTuple, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from services.contracts.books import Snapshot, TaskRef
 from services.contracts.wire import (
@@ -45,6 +45,7 @@ from services.contracts.wire import (
 )
 
 POLL_S = 0.02  # the learner looks for trajectories this often; a blocked connection would cost more than it saves
+RESTARTS = 4  # of the server, during one command
 TAKE_LIMIT = 256  # trajectories in one reply: some megabytes
 
 _SCRIPTS = (
@@ -320,14 +321,18 @@ class Ledger:
         )
 
     async def _run(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
-        try:
-            return await self._scripts[script](keys=keys, args=args)
-        except ResponseError as error:
-            # The server came back without its data. Everything is issued anew; the groups are all that is missing.
-            if "NOGROUP" not in str(error):
-                raise
-            await self._make_groups()
-            return await self._scripts[script](keys=keys, args=args)
+        """Run a script on a server that may come back without scripts, or without data, at any moment."""
+        for _ in range(RESTARTS):
+            try:
+                return await self._scripts[script](keys=keys, args=args)
+            except NoScriptError:  # it was restarted between being told the script and running it
+                continue
+            except ResponseError as error:
+                # It lost its data. Everything is issued anew; the groups are all that is missing.
+                if "NOGROUP" not in str(error):
+                    raise
+                await self._make_groups()
+        return await self._scripts[script](keys=keys, args=args)
 
     async def _make_groups(self) -> None:
         for stream, group in ((self._tasks, "rollout"), (self._trajectories, "learner")):

@@ -14,9 +14,10 @@ for _, batch in ipairs(redis.call('HKEYS', KEYS[3])) do
   end
 end
 redis.call('SET', KEYS[5], math.max(version, number_at(KEYS[5])))
--- Every replica that ever was is a consumer. One that is back makes itself anew.
+-- Every replica that ever was is a consumer. One that is back makes itself anew. (No consumers: a server just emptied.)
 local IDLE_MS = 3600000
-for _, fields in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ROLLOUT)) do
+local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ROLLOUT)
+for _, fields in ipairs(consumers.err and {} or consumers) do
   local consumer = {}
   for i = 1, #fields, 2 do
     consumer[fields[i]] = fields[i + 1]
