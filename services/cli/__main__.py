@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -163,6 +164,7 @@ def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
     config = load(path, overrides)
     check(config, resume=resume)
     command = shlex.join(["multiattempt", "train", str(path), *overrides])
+    command = re.sub(r"(://[^/@\s]*:)[^@\s]*@", r"\1***@", command)  # it is shown: no password in it
     return asyncio.run(launch(config, resume=resume, command=command))
 
 
