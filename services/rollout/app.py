@@ -26,6 +26,7 @@ from services.rollout.protocol import (
     WeightsResponse,
 )
 from services.rollout.replica import ReplicaProcess
+from services.rollout.runner import EngineDead
 from services.rollout.weight_control import WeightControl, create_router
 
 PATIENCE_S = 600.0  # for a person's verdict
@@ -115,7 +116,7 @@ def _control(replica: ReplicaProcess) -> APIRouter:
         """Log-probability of each token given those before it (the first has none), and the version that says so."""
         try:
             logprobs = await _in_time(replica.engine.score(body.token_ids))
-        except ValueError as error:  # vLLM's word for tokens that it cannot take
+        except ValueError as error:
             raise HTTPException(422, str(error)) from error
         known = [logprob if math.isfinite(logprob) else None for logprob in logprobs]
         return ScoreResponse(logprobs=known, version=replica.engine.version)
@@ -144,8 +145,10 @@ def _loaded(replica: ReplicaProcess) -> Callable[[], None]:
 
 
 async def _in_time(call: Awaitable[_T]) -> _T:
-    """Await a call of the engine's. 503 when it does not answer."""
+    """Await a call of the engine's. 503 when it does not answer, or is dead."""
     try:
         return await asyncio.wait_for(call, ENGINE_TIMEOUT_S)
     except TimeoutError as error:
         raise HTTPException(503, f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s") from error
+    except EngineDead as error:
+        raise HTTPException(503, str(error)) from error

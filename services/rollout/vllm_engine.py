@@ -246,7 +246,10 @@ class VllmEngine:
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probability of each token given those before it, at temperature 1; the first has none (NaN)."""
+        """Log-probability of each token given those before it, at temperature 1; the first has none (NaN).
+
+        Raises ValueError for tokens that the model does not have, or too many of them; EngineDead.
+        """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         parameters = SamplingParams(
@@ -258,8 +261,15 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": list(token_ids)}
-        async for output in self.async_llm.generate(prompt, parameters, str(next(self._ids))):
-            flat = output.prompt_logprobs
+        num_tokens = self.async_llm.vllm_config.model_config.get_vocab_size()
+        if max(token_ids) >= num_tokens:  # vLLM looks only where it has a tokenizer: the engine would die of it
+            raise ValueError(f"token id {max(token_ids)}: the model has {num_tokens}, from 0")
+        room = self._config.model.max_model_len - 1  # vLLM samples one token after them
+        if len(token_ids) > room:
+            raise ValueError(f"{len(token_ids)} tokens, {room} fit the context (model.max_model_len less one)")
+        with _death_told(self.async_llm):
+            async for output in self.async_llm.generate(prompt, parameters, str(next(self._ids))):
+                flat = output.prompt_logprobs
         spans = zip(flat.start_indices, flat.end_indices, strict=True)
         return [float("nan") if start == end else flat.logprobs[start] for start, end in spans]
 

@@ -174,6 +174,9 @@ async def test_control_wants_its_token_and_scores_like_the_reference(replica, re
     async with httpx.AsyncClient(base_url=replica.url, timeout=30) as client:
         assert (await client.post("/control/score", json={"token_ids": token_ids})).status_code == 401
         client.headers["Authorization"] = f"Bearer {TOKEN}"
+        for impossible in ([5, 2**31 - 1], [5] * 5000):  # no such token; longer than the context
+            refusal = await client.post("/control/score", json={"token_ids": impossible})
+            assert refusal.status_code == 422, refusal.text
         answer = (await client.post("/control/score", json={"token_ids": token_ids})).json()
     assert answer["logprobs"][0] is None
     np.testing.assert_allclose(answer["logprobs"][1:], log_probabilities(reference, token_ids)[1:], atol=TOLERANCE)
