@@ -8,6 +8,7 @@ global sum and are multiplied by it; micro-batches accumulate without a factor, 
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -83,12 +84,21 @@ class Engine:
             self.engine.backward(loss * torch.where(loss.detach().isfinite(), float(self._world), math.nan))
         if self._clips_itself:
             self.engine.step()
-            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+            if self.engine.was_step_applied():
+                return float(self.engine.get_global_grad_norm())
+            self._drop_gradients()
+            return math.inf
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip))
         if not math.isfinite(norm):
             self.module.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
         self.engine.step()
         return norm if math.isfinite(norm) else math.inf
+
+    def _drop_gradients(self) -> None:
+        """With the optimiser on the host, ZeRO-1 and 2 skip a step but keep its gradients and add the next to them."""
+        if self.stage in (1, 2) and self.engine.zero_cpu_offload():
+            averaged = self.engine.optimizer.averaged_gradients
+            averaged.update(dict.fromkeys(averaged))
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimiser state below `folder`; all ranks together."""
@@ -229,6 +239,8 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed import ops
 
+    # It calls collectives by names that torch 2.13 wants to rename, and is told so at every call.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # Compiled with g++ at first use, and of use only between several ranks on one CPU.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")

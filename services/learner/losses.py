@@ -120,4 +120,5 @@ def value_loss_sum(values: Tensor, old: Tensor, returns: Tensor, *, clip: float)
     """0.5 sum max((V - R)^2, (clip(V, Vold +- clip) - R)^2) (paper.md section 2). All [A] fp32."""
     bounded = old + (values - old).clamp(-clip, clip)
     plain, kept = (values - returns).square(), (bounded - returns).square()
-    return ValueLoss(0.5 * torch.maximum(plain, kept).sum(), (kept > plain).sum())
+    is_far = (values - old).abs() > clip  # else the two differ by rounding alone
+    return ValueLoss(0.5 * torch.maximum(plain, kept).sum(), (is_far & (kept > plain)).sum())

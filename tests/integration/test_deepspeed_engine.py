@@ -1,10 +1,6 @@
 """DeepSpeed against plain torch, ranks against one another, resumed against uninterrupted. Real processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from learner_data import make_trajectory
+from ranks import RankProcesses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -25,7 +22,6 @@ from services.learner.models import load_actor, load_critic
 from services.learner.schedule import lr_at
 
 pytestmark = pytest.mark.integration
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +66,7 @@ class Result(NamedTuple):
 def train(config: RunConfig, *, updates: int, world: int = 1, mode: str = "fresh") -> Result:
     """Run `updates` updates in `world` processes."""
     output = config.run_dir / f"{mode}-{updates}"
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(TESTS / "integration" / "learner_rank.py"), str(config.run_dir)]
-        ranks.append(
-            subprocess.Popen(
-                [*command, str(output), str(updates), mode],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    logs = [process.communicate(timeout=100)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, "\n".join(logs)
+    RankProcesses("learner_rank.py", [str(config.run_dir), str(output), str(updates), mode], world=world).finish()
     figures = json.loads((output / "metrics.json").read_text())["figures"]
     return Result(torch.load(output / "actor.pt", weights_only=True), figures)
 

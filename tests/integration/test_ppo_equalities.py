@@ -1,0 +1,65 @@
+"""However an update is divided, over ranks, ZeRO stages or micro-batches, it is the same update. Real DeepSpeed."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankProcesses
+
+pytestmark = pytest.mark.integration
+
+Found = dict[str, dict[str, Any]]
+SECONDS = {"prepare_s", "update_s"}
+RELATIVE = 2e-4
+ABSOLUTE = 1e-4  # of weights that moved by 4e-3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
+    """By number of ranks: what each case of `ppo_rank.py` came to."""
+    folder = tmp_path_factory.mktemp("equal")
+    started = {world: RankProcesses("ppo_rank.py", [str(folder / f"{world}.pt")], world=world) for world in (1, 2)}
+    for processes in started.values():
+        processes.finish()
+    return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in started}
+
+
+def assert_same_updates(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Losses, gradient norms, whitening and all other figures of each update; and the weights in the end."""
+    for mine, other in zip(ours["figures"], theirs["figures"], strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - SECONDS:
+            assert mine[name] == pytest.approx(other[name], rel=RELATIVE, abs=1e-6), name
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, tensor in ours["weights"].items():
+        torch.testing.assert_close(tensor, theirs["weights"][name], rtol=0, atol=ABSOLUTE, msg=lambda m, n=name: n + m)
+
+
+def test_the_cases_do_train_and_leave_the_hopeless_dialogue_out(runs: dict[int, Found]) -> None:
+    for name, case in runs[1].items():
+        assert [line["masked_dialogues"] for line in case["figures"]] == [1.0] * 3, name
+        assert all(line["nonfinite_steps"] == 0 and line["grad_norm"] > 0 for line in case["figures"]), name
+        assert all(math.isfinite(value) for line in case["figures"] for value in line.values()), name
+    base, grpo = runs[1]["zero 0"], runs[1]["grpo"]
+    moved = max(float((base["weights"][k] - grpo["weights"][k]).abs().max()) for k in base["weights"])
+    assert moved > 20 * ABSOLUTE  # another algorithm is told apart
+    assert "value_loss" in base["figures"][0] and "value_loss" not in grpo["figures"][0]
+    assert runs[1]["reinforce_pp"]["figures"][1]["kl_coef"] != 0.1
+
+
+@pytest.mark.parametrize("case", ["zero 0", "zero 3", "grpo", "reinforce_pp", "all terms"])
+def test_two_ranks_equal_one(runs: dict[int, Found], case: str) -> None:
+    assert_same_updates(runs[2][case], runs[1][case])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_zero_stages_take_the_same_steps(runs: dict[int, Found], stage: int, world: int) -> None:
+    assert_same_updates(runs[world][f"zero {stage}"], runs[1]["zero 0"])
+
+
+@pytest.mark.parametrize("case", ["one by one", "all at once"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_any_number_of_micro_batches_is_the_same_update(runs: dict[int, Found], case: str, world: int) -> None:
+    assert_same_updates(runs[world][case], runs[1]["zero 0"])
