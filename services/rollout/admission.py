@@ -10,12 +10,15 @@ many dialogues as the limit. Each time that sequences were preempted it falls by
 cache is nearly full. What has begun is never sent back. (TCP's congestion control: slow start, avoidance.)
 """
 
+import math
+
 from prometheus_client import Gauge
 
 LIMIT = Gauge("multiattempt_rollout_sampled_limit", "Dialogues sampled at once up to which others may begin")
 FULL = 0.85  # share of the cache in use from which on nothing more is admitted
 FALL = 0.8  # of the limit, at preemptions
-SPARE = 8  # a waiting one for so many that are decoded: a place that comes free is taken in the next step
+LAG_S = 0.2  # for which the engine has attempts in stock: until others come for those that have ended
+PERIOD_S = 0.5  # over which their rate is measured
 
 
 class Admission:
@@ -27,11 +30,22 @@ class Admission:
         self._num_completed = self._num_preemptions = 0
         self._rise = 0.0  # earned since the last whole one
         self._has_fallen = False
+        self._stock = -(-self.limit // 8)  # attempts that wait in the engine: a place that comes free is taken at once
+        self._counted_at, self._counted = math.inf, 0  # no rate before the first look
         self._settled_at = 0  # completed dialogues from which on preemptions are the present limit's doing
 
-    def free(self, sampled: int, *, num_completed: int, num_preemptions: int, kv_cache_used: float) -> int:
-        """How many more may begin. sampled: being sampled now; num_completed, num_preemptions: since the start;
-        kv_cache_used: 0 to 1, the most since the last look.
+    def free(
+        self,
+        sampled: int,
+        *,
+        num_attempts: int,
+        num_completed: int,
+        num_preemptions: int,
+        kv_cache_used: float,
+        now_s: float,
+    ) -> int:
+        """How many more may begin. sampled: being sampled now, or waiting in the engine for it; num_attempts (begun),
+        num_completed (dialogues), num_preemptions: since the start; kv_cache_used: 0 to 1, most since the last look.
 
         Preemptions count when the cache was full: a weight swap preempts all sequences too, and says nothing.
         """
@@ -48,5 +62,16 @@ class Admission:
                 self._rise %= 1.0
         self._num_completed, self._num_preemptions = num_completed, num_preemptions
         LIMIT.set(self.limit)
-        spare = 0 if self._has_fallen else -(-self.limit // SPARE)
-        return 0 if is_full and sampled else max(0, self.limit + spare - sampled)
+        self._measure_stock(num_attempts, now_s)
+        stock = 0 if self._has_fallen else self._stock
+        return 0 if is_full and sampled else max(0, self.limit + stock - sampled)
+
+    def _measure_stock(self, num_attempts: int, now_s: float) -> None:
+        """Little's law: so many attempts end, and others must be there, before the dialogues hear of it."""
+        passed_s = now_s - self._counted_at
+        if passed_s < 0:
+            self._counted_at, self._counted = now_s, num_attempts
+        if passed_s > PERIOD_S:
+            rate = (num_attempts - self._counted) / passed_s
+            self._stock = min(self.limit, max(math.ceil(LAG_S * rate), self._stock // 2))
+            self._counted_at, self._counted = now_s, num_attempts

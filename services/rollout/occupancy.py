@@ -18,6 +18,7 @@ class Occupancy:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_sampled = self._num_judged = 0  # now
+        self.num_begun = 0  # attempts, since the start
         self._clock, self._since = clock, clock()
 
     @contextmanager
@@ -25,6 +26,7 @@ class Occupancy:
         """An attempt is being sampled."""
         self._note()
         self.num_sampled += 1
+        self.num_begun += 1
         try:
             yield
         finally:

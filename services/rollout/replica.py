@@ -124,9 +124,11 @@ class ReplicaProcess:
         stats = self.engine.stats
         free = self.admission.free(
             self.runner.num_sampled,
+            num_attempts=self.runner.num_attempts,
             num_completed=num_completed,
             num_preemptions=stats.num_preemptions,
             kv_cache_used=stats.take_peak(),
+            now_s=time.monotonic(),
         )
         return min(free, self.config.rollout.max_in_flight - in_flight)
 

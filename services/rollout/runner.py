@@ -119,6 +119,11 @@ class DialogueRunner:
         return self._occupancy.num_sampled
 
     @property
+    def num_attempts(self) -> int:
+        """Attempts begun since the start."""
+        return self._occupancy.num_begun
+
+    @property
     def oldest_version(self) -> int:
         """The oldest weights that a dialogue under way may hold tokens of; those in use when there is none."""
         return min(self._since.values(), default=self._engine.version)
