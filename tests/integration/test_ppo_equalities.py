@@ -11,8 +11,8 @@ pytestmark = pytest.mark.integration
 
 Found = dict[str, dict[str, Any]]
 SECONDS = {"prepare_s", "update_s"}
-RELATIVE = 2e-4
-ABSOLUTE = 1e-4  # of weights that moved by 4e-3
+RELATIVE = 5e-5
+ABSOLUTE = 2e-5  # of weights that moved by 4e-3
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_cases_do_train_and_leave_the_hopeless_dialogue_out(runs: dict[int, 
         assert all(math.isfinite(value) for line in case["figures"] for value in line.values()), name
     base, grpo = runs[1]["zero 0"], runs[1]["grpo"]
     moved = max(float((base["weights"][k] - grpo["weights"][k]).abs().max()) for k in base["weights"])
-    assert moved > 20 * ABSOLUTE  # another algorithm is told apart
+    assert moved > 50 * ABSOLUTE  # another algorithm is told apart
     assert "value_loss" in base["figures"][0] and "value_loss" not in grpo["figures"][0]
     assert runs[1]["reinforce_pp"]["figures"][1]["kl_coef"] != 0.1
 
