@@ -67,7 +67,8 @@ class EventStream(Response):
             while event is not None:
                 await put(event)
                 try:
-                    event = await asyncio.wait_for(events.get(), HEARTBEAT_S)
+                    async with asyncio.timeout(HEARTBEAT_S):  # `wait_for` may miss a cancellation when an event comes
+                        event = await events.get()
                 except TimeoutError:
                     event = b": still here\n\n"
             try:
@@ -139,7 +140,8 @@ class People:
         waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         try:
             put_question(name)
-            return await asyncio.wait_for(waiting, self._patience_s)
+            async with asyncio.timeout(self._patience_s):
+                return await waiting
         except TimeoutError as error:
             raise GraderUnavailableError(f"nobody gave a verdict within {self._patience_s:g} s") from error
         finally:

@@ -276,8 +276,8 @@ class VllmEngine:
     async def rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> list[Any]:
         """Call a method of every worker. Raises TimeoutError, EngineDead."""
         with _death_told(self.async_llm):
-            call = self.async_llm.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
-            results: list[Any] = await asyncio.wait_for(call, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                results: list[Any] = await self.async_llm.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
         return results
 
     async def check(self) -> str:

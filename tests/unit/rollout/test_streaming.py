@@ -134,3 +134,24 @@ async def test_a_verdict_is_for_one_attempt_once_and_nobody_is_waited_for_for_ev
     with pytest.raises(GraderUnavailableError, match="nobody gave a verdict"):
         await people.ask(names.append)
     assert not people.answer(names[1], Verdict.CORRECT)
+
+
+@pytest.mark.parametrize("num_events", range(1, 8))
+async def test_a_client_that_hangs_up_just_when_an_event_comes_is_not_missed(num_events: int) -> None:
+    client, is_over = Client(), False
+
+    async def work(emit) -> dict:
+        nonlocal is_over
+        try:
+            for number in range(10**9):
+                emit("text", {"text": "x"})
+                if number == num_events:
+                    client.gone.set()
+                await asyncio.sleep(0)
+        finally:
+            is_over = True
+        return {}
+
+    async with asyncio.timeout(5):
+        await EventStream(work)({}, client.receive, client.send)
+    assert is_over
