@@ -137,7 +137,8 @@ class People:
     async def ask(self, put_question: Callable[[str], None]) -> Verdict:
         """Put the question under a new name and wait. Raises GraderUnavailableError when nobody answers in time."""
         name = secrets.token_urlsafe(16)
-        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._waiting[name] = waiting
         try:
             put_question(name)
             async with asyncio.timeout(self._patience_s):
