@@ -1,9 +1,9 @@
 """The reference for `benchmarks.rollout`: bare `vllm.LLM`, driven as a lock-step trainer drives it.
 
-Reads a plan, prints JSON. The plan holds dialogues that our rollout service has already run. `single` generates all
-first attempts in one call of `LLM.generate`. `chunks` is the loop of the paper's code: every unfinished dialogue of a
-batch gets at most CHUNK_TOKENS more tokens, all wait for the slowest, ended attempts are graded, feedback is appended,
-and again.
+Reads the names of plans, a line each, and answers each with a line: the seconds it took. A plan holds dialogues that
+our rollout service has already run. `single` generates all first attempts in one call of `LLM.generate`. `chunks` is
+the loop of the paper's code: every unfinished dialogue of a batch gets at most CHUNK_TOKENS more tokens, all wait for
+the slowest, ended attempts are graded, feedback is appended, and again.
 
 Prompts, feedback and the number of tokens of each attempt are those of the plan, so both sides do the same work. Three
 of the original's costs are left out, in its favour: it goes on sampling to the end of the chunk in which a box closes,
@@ -61,15 +61,15 @@ class Planned:
 class Reference:
     """One `vllm.LLM` with the engine settings of the replica, in this process: its fastest form on a CPU."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
-        os.environ |= ENVIRONMENT | {"OMP_NUM_THREADS": str(plan["threads"] or os.cpu_count())}
+    def __init__(self, settings: dict[str, Any]) -> None:
+        os.environ |= ENVIRONMENT | {"OMP_NUM_THREADS": str(settings["threads"] or os.cpu_count())}
         from vllm import LLM
 
         self._llm = LLM(
-            model=plan["model"],
-            dtype=plan["dtype"],
-            max_model_len=plan["max_model_len"],
-            max_num_seqs=plan["max_num_seqs"],
+            model=settings["model"],
+            dtype=settings["dtype"],
+            max_model_len=settings["max_model_len"],
+            max_num_seqs=settings["max_num_seqs"],
             enforce_eager=True,
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
@@ -77,7 +77,7 @@ class Reference:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             distributed_executor_backend="uni",
-            **cpu_arguments(kv_cache_mb=plan["kv_cache_mb"], max_model_len=plan["max_model_len"]),
+            **cpu_arguments(kv_cache_mb=settings["kv_cache_mb"], max_model_len=settings["max_model_len"]),
         )
 
     def sample(self, prompts: list[list[int]], lengths: list[int], seed: int) -> list[list[int]]:
@@ -100,6 +100,10 @@ class Reference:
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        self._llm.reset_prefix_cache()
+
     def single(self, dialogues: list[Planned]) -> float:
         """Seconds for all first attempts in one call."""
         prompts, lengths = [one.spliced[0] for one in dialogues], [one.lengths[0] for one in dialogues]
@@ -112,7 +116,7 @@ class Reference:
         started, calls = time.perf_counter(), 0
         with asyncio.Runner() as runner:
             grader = GraderClient(grader_url, deadline_s=GRADER_DEADLINE_S)
-            for first in range(0, len(dialogues), batch):
+            for first in range(0, len(dialogues), batch):  # as in the paper's runs: a batch is decoded together
                 unfinished = dialogues[first : first + batch]
                 for dialogue in unfinished:
                     dialogue.restart()
@@ -138,17 +142,20 @@ async def _grade(grader: GraderClient, ended: list[Planned]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plan", type=Path)
-    plan = json.loads(parser.parse_args().plan.read_text())
-    dialogues = [Planned(**one) for one in plan["dialogues"]]
-    reference = Reference(plan)
-    warm = dialogues[: plan["max_num_seqs"]]
-    reference.sample([one.spliced[0] for one in warm], [4] * len(warm), 0)
-    if plan["case"] == "single":
-        seconds = reference.single(dialogues)
-    else:
-        seconds = reference.chunks(dialogues, plan["batch"], plan["grader_url"])
-    sys.stdout.write(json.dumps({"seconds": seconds}) + "\n")
+    parser.add_argument("settings", type=Path, help="JSON: model and engine settings")
+    settings = json.loads(parser.parse_args().settings.read_text())
+    reference = Reference(settings)
+    reference.sample([[1, 2]] * settings["max_num_seqs"], [4] * settings["max_num_seqs"], 0)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        plan = json.loads(Path(line.strip()).read_text())
+        dialogues = [Planned(**one) for one in plan["dialogues"]]
+        reference.forget()
+        if plan["case"] == "single":
+            seconds = reference.single(dialogues)
+        else:
+            seconds = reference.chunks(dialogues, settings["max_num_seqs"], settings["grader_url"])
+        print(seconds, flush=True)
 
 
 if __name__ == "__main__":

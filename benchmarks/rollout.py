@@ -1,8 +1,8 @@
 """How fast the rollout service is against bare vLLM, and how it starts: `make bench-rollout`.
 
 The service is the real one: replica, grader and Valkey as processes, tasks and trajectories through the ledger. The
-reference (`benchmarks.lockstep`) then does the same work in the same run: same prompts and feedback, and for each
-attempt as many tokens as the service sampled. Cases:
+reference (`benchmarks.lockstep`) then does the same work: same prompts and feedback, and for each attempt as many
+tokens as the service sampled. The two take turns, NUM_ROUNDS times; the claims compare medians. Cases:
 
 - `single`: sampled tokens/s of dialogues with one attempt, against one call of `LLM.generate`.
 - `multi`: dialogues/s with up to five attempts, against the paper's lock-step loop in chunks of 64 tokens.
@@ -17,11 +17,12 @@ import argparse
 import asyncio
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from tests.processes import ROOT, Service, free_port
 MAX_ATTEMPTS = 5
 TIMEOUT_S = 900.0
 NUM_WARM_UP = 64
+NUM_ROUNDS = 3
 END_LIFT = 1.4  # weight of the constant part in the end of turn: it then has a probability of about 3 %
 METRIC = re.compile(r"^(multiattempt_rollout_\w+?)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
@@ -60,7 +62,7 @@ class Model:
 
 
 MODELS = {
-    "demo": Model("configs/demo.toml", (), num_single=4096, num_multi=4096),
+    "demo": Model("configs/demo.toml", (), num_single=2048, num_multi=2048),
     "tinyqwen": Model(
         "configs/demo.toml",
         (
@@ -68,8 +70,8 @@ MODELS = {
             "--dialogue.tokens_per_attempt=128", "--dialogue.tokens_per_dialogue=640", "--rollout.max_num_seqs=64",
             "--rollout.threads=0",
         ),
-        num_single=512,
-        num_multi=256,
+        num_single=384,
+        num_multi=192,
     ),
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
@@ -79,8 +81,8 @@ MODELS = {
             "--dialogue.system_prompt=You solve sums. Put the final answer within \\boxed{{}}. You have {attempts}.",
             '--dialogue.examples=[["What is 23+45?", "23+45 = 68, so the answer is \\\\boxed{68}."]]',
         ),
-        num_single=192,
-        num_multi=160,
+        num_single=96,
+        num_multi=64,
     ),
 }  # fmt: skip
 
@@ -185,31 +187,54 @@ def make_tinyqwen(folder: Path) -> Path:
     return folder
 
 
-def reference(system: System, case: str, tasks: Sequence[Task], trajectories: Sequence[Trajectory]) -> float:
-    """Seconds that bare vLLM takes for the same dialogues."""
-    config = system.config
-    tokenizer = AutoTokenizer.from_pretrained(system.model)
-    plan = {
-        "case": case,
-        "model": str(system.model),
-        "dtype": config.model.dtype,
-        "max_model_len": config.model.max_model_len,
-        "max_num_seqs": config.rollout.max_num_seqs,
-        "kv_cache_mb": config.rollout.kv_cache_mb,
-        "threads": config.rollout.threads,
-        "batch": config.rollout.max_num_seqs,  # as in the paper's runs: all of a batch are decoded together
-        "grader_url": config.grader.url,
-        "dialogues": [
-            _planned(tokenizer, task, trajectory) for task, trajectory in zip(tasks, trajectories, strict=True)
-        ],
-    }
-    path = config.run_dir / f"{case}.json"
-    path.write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "benchmarks.lockstep", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the reference failed: {done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+class Reference:
+    """Bare vLLM in a process of its own (`benchmarks.lockstep`), idle until it is asked."""
+
+    def __init__(self, system: System) -> None:
+        config = system.config
+        self._folder, self._tokenizer = config.run_dir, AutoTokenizer.from_pretrained(system.model)
+        settings = {
+            "model": str(system.model),
+            "dtype": config.model.dtype,
+            "max_model_len": config.model.max_model_len,
+            "max_num_seqs": config.rollout.max_num_seqs,
+            "kv_cache_mb": config.rollout.kv_cache_mb,
+            "threads": config.rollout.threads,
+            "grader_url": config.grader.url,
+        }
+        path = self._folder / "reference.json"
+        path.write_text(json.dumps(settings))
+        self._log = (self._folder / "reference.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.lockstep", str(path)],
+            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+        )  # fmt: skip
+        self._answer()
+
+    def seconds(self, case: str, tasks: Sequence[Task], trajectories: Sequence[Trajectory]) -> float:
+        """What the same dialogues take."""
+        pairs = zip(tasks, trajectories, strict=True)
+        path = self._folder / f"{case}.json"
+        path.write_text(
+            json.dumps({"case": case, "dialogues": [_planned(self._tokenizer, task, found) for task, found in pairs]})
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{path}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        self._log.close()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            word = line.strip()
+            if word == "ready" or word.replace(".", "", 1).isdigit():
+                return word
+        raise RuntimeError(f"the reference ended: {Path(self._log.name).read_text()[-2000:]}")
 
 
 def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -225,36 +250,48 @@ def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[d
         if "start" in cases:
             first_s = ready_s + _first_token_s(running)
             print(f"{name}: first token {first_s:.1f} s after the process began: {_phases(running)}")
+            yield claim("start", first_s, ready_s, "s to the first token, and to readiness")
         running.run(NUM_WARM_UP)
-        plans = []
-        if "single" in cases:
-            tasks, found, seconds = running.run(model.num_single, max_attempts=1)
-            plans.append(("single", tasks, found, seconds))
-        if {"multi", "idle"} & set(cases):
-            before = running.metrics()
-            tasks, found, seconds = running.run(model.num_multi)
-            counted = {key: value - before.get(key, 0.0) for key, value in running.metrics().items()}
-            _describe(name, found, seconds, counted)
-            idle_s = counted['multiattempt_rollout_engine_idle_seconds_total{because="grading"}']
-            plans.append(("multi", tasks, found, seconds))
+        if {"single", "multi", "idle"} & set(cases):
+            yield from _against_bare(name, model, running, claim, cases)
         if "replicas" in cases:
-            one = model.num_multi / (seconds if "multi" in cases else running.run(model.num_multi)[2])
+            one = model.num_multi / running.run(model.num_multi)[2]
             running.start_replica()
             running.run(NUM_WARM_UP)
             two = model.num_multi / running.run(model.num_multi)[2]
-        running.stop_replicas()  # the reference has the machine to itself
-        for case, tasks, found, seconds in plans:
-            theirs = reference(running, case, tasks, found)
-            if case == "single":
-                tokens = sum(int(trajectory.action_mask.sum()) for trajectory in found)
-                yield claim("single attempt", tokens / seconds, tokens / theirs, "tokens/s")
-            else:
-                yield claim("multi-attempt", len(found) / seconds, len(found) / theirs, "dialogues/s")
-                yield claim("engine idle for verdicts", idle_s / seconds, 0.03, "share of time")
-        if "replicas" in cases:
             yield claim("two replicas against one", two, one, "dialogues/s")
-        if "start" in cases:
-            yield claim("start", first_s, ready_s, "s to the first token, and to readiness")
+
+
+def _against_bare(
+    name: str, model: Model, running: System, claim: Callable[..., dict[str, Any]], cases: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Ours and the reference by turns, several rounds: these machines are shared, and minutes differ."""
+    bare = Reference(running)
+    rates: dict[str, list[tuple[float, float]]] = {"single": [], "multi": []}
+    idle_s = multi_s = 0.0
+    try:
+        for _ in range(NUM_ROUNDS):
+            if "single" in cases:
+                tasks, found, seconds = running.run(model.num_single, max_attempts=1)
+                tokens = sum(int(trajectory.action_mask.sum()) for trajectory in found)
+                rates["single"].append((tokens / seconds, tokens / bare.seconds("single", tasks, found)))
+                print(f"{name}: single, tokens/s: ours {rates['single'][-1][0]:.0f}, bare {rates['single'][-1][1]:.0f}")
+            if {"multi", "idle"} & set(cases):
+                before = running.metrics()
+                tasks, found, seconds = running.run(model.num_multi)
+                counted = {key: value - before.get(key, 0.0) for key, value in running.metrics().items()}
+                _describe(name, found, seconds, counted)
+                idle_s += counted.get('multiattempt_rollout_engine_idle_seconds_total{because="grading"}', 0.0)
+                multi_s += seconds
+                rates["multi"].append((len(found) / seconds, len(found) / bare.seconds("chunks", tasks, found)))
+                print(f"{name}: multi, dialogues/s: ours {rates['multi'][-1][0]:.1f}, bare {rates['multi'][-1][1]:.1f}")
+    finally:
+        bare.stop()
+    for case, unit in (("single", "tokens/s"), ("multi", "dialogues/s")):
+        if rates[case]:
+            yield claim(f"{case} attempt", *(statistics.median(side) for side in zip(*rates[case], strict=True)), unit)
+    if multi_s:
+        yield claim("engine idle for verdicts", idle_s / multi_s, 0.03, "share of time")
 
 
 def _with_attempts(task: Task, max_attempts: int) -> Task:
