@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -193,6 +194,8 @@ def test_a_terminal_has_colours_and_ctrl_c_keeps_the_session(live: LiveReplica) 
         see("\x1b[1;31mincorrect")
         see("right? [y/n/none] ")
         process.send_signal(signal.SIGINT)
+        while not select.select([master], [], [], 1.0)[0]:  # readline misses one between its prompt and its wait
+            process.send_signal(signal.SIGINT)
         see("ended")
         see("problem> ")
         until(lambda: live.replica.runner.num_running == 0)
