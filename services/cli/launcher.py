@@ -192,7 +192,7 @@ def _write_resolved(config: RunConfig) -> Path:
 
 def _clear(run_dir: Path) -> None:
     """Forget an earlier start of this run that left no checkpoint."""
-    for name in ("valkey", "evaluation", "logs", "tensorboard", "checkpoints"):
+    for name in ("valkey", "evaluation", "logs", "tensorboard", "checkpoints", "dialogues"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("metrics.jsonl", "model.json", "config.json"):
         (run_dir / name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@
     sampler           task number -> task            batch      trajectories -> arrays, minibatches, micro-batches
     advantage         GAE, group-relative, whitening losses     policy and value losses as token sums
     kl                k1, k2, k3, adaptive           mismatch   what was sampled against what is trained
-    masking           leaving dialogues out
+    masking           leaving dialogues out          samples    a few of each update, for people to read
     schedule          learning rate                  models     actor, critic, frozen reference
     deepspeed_engine  the only file that imports DeepSpeed: engines, optimiser steps, weights for publishing
     checkpoint        atomic folders, newest n kept  metrics    metrics.jsonl, TensorBoard, Prometheus

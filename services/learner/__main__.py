@@ -111,6 +111,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         min_attempts=config.dialogue.min_attempts,
         max_attempts=config.dialogue.max_attempts,
         samples_per_problem=config.learner.samples_per_problem,
+    from services.learner.samples import open_samples
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
     metrics = Metrics(config.run_dir, version=trainer.version, sinks=[page] if page else [])
@@ -124,6 +125,8 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         trainer=trainer,
         sampler=sampler,
         metrics=metrics,
+    samples = open_samples(config, sampler)
+    samples.forget_after(trainer.version)
         summarise=summarise,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -135,6 +138,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     finally:
         health.close()
         metrics.close()
+        keep=lambda step, batch: samples.keep(step, batch, trainer.insight),
         await publisher.close()
         await redis.aclose()
     await asyncio.to_thread(trainer.close)
@@ -143,3 +147,4 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+        await asyncio.to_thread(samples.close)

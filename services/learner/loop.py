@@ -8,7 +8,7 @@ The arithmetic is `Trainer`'s, the transfer of weights the publisher's, the acco
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,10 +94,13 @@ class Loop:
         sampler: TaskSampler,
         metrics: MetricsLike,
         summarise: Summary,
+        keep: Callable[[int, Sequence[Trajectory]], None] = lambda _step, _batch: None,
     ) -> None:
+        """keep: told the batch of each update that is done, for people to look at."""
         self._steps, self._settings = config.run.steps, config.learner
         self._ledger, self._publisher, self._trainer = ledger, publisher, trainer
         self._sampler, self._metrics, self._summarise = sampler, metrics, summarise
+        self._keep = keep
         self.stop = asyncio.Event()
         self.trouble: str | None = "starting"  # why the learner is not making progress, for /readyz
         self._next_task = 0
@@ -137,6 +140,7 @@ class Loop:
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
         figures |= await asyncio.to_thread(self._trainer.train, batch)
+        self._keep(self._trainer.version, batch)
         self._bookkeeper.note_trained(self._trainer.version, [trajectory.task_id for trajectory in batch])
         started = time.monotonic()
         if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again

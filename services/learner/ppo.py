@@ -25,6 +25,7 @@ from services.learner.kl import adapted, kl
 from services.learner.losses import importance_weights, policy_loss_sum, value_loss_sum
 from services.learner.ranks import Ranks
 from services.learner.sampler import STREAM_MINIBATCH, generator
+from services.learner.samples import Insight
 from services.learner.schedule import lr_at
 
 GPU_INFERENCE_FACTOR = 4  # without gradients a block may be this much larger
@@ -89,6 +90,7 @@ class Ppo:
         one_step = self._steps_per_update == 1
         self._first_pass = FirstPass(actor, critic, reference, config=config, ranks=ranks, one_step=one_step)
         self.state = PpoState(kl_coef=config.kl_coef)
+        self.insight: Insight | None = None  # into the last update, for people
         self._sums: dict[str, list[Tensor]] = {}  # of the steps taken
         self._fresh: dict[str, list[Tensor]] = {}  # of the one under way
 
@@ -119,6 +121,7 @@ class Ppo:
         task_ids = np.array([trajectory.task_id for trajectory in trajectories], dtype=np.int64)
         kl_coef = self.state.kl_coef
         start, work, metrics = self._first_pass(work, task_ids, kl_coef=kl_coef)
+        self.insight = Insight(work.owned, work.packed.offsets, start.advantages.numpy())
         prepared = time.monotonic()
         norms = Norms([], [])
         skipped, first_step = 0, version * self._steps_per_update

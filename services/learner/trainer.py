@@ -21,6 +21,7 @@ from services.learner.deepspeed_engine import Engine, WeightSource, choose_backe
 from services.learner.models import Actor, load_actor, load_critic
 from services.learner.ppo import Ppo, PpoState
 from services.learner.ranks import Command, Ranks
+from services.learner.samples import Insight
 
 PPO_STATE = "ppo.json"  # in a checkpoint
 COLLECTIVE_SLACK_S = 600.0  # on top of waiting for a batch: publishing, a checkpoint on a slow disk
@@ -83,6 +84,11 @@ class Trainer:
         if resume:
             trainer._resume()
         return trainer
+
+    @property
+    def insight(self) -> Insight | None:
+        """Into the last update, of this rank's dialogues."""
+        return self._ppo.insight
 
     def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Rank 0: one update on this batch. Returns metrics; `version` is then one higher."""
