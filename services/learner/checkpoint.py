@@ -1,10 +1,13 @@
 """Checkpoint folders that are either whole or absent: `checkpoints/v00000008`.
 
 A checkpoint is written under a temporary name, its manifest last, everything is flushed to the disk, and only then
-gets its name. What is inside (engines, tokenizer) is the caller's; this module imports no torch.
+gets its name; one that is removed loses its name first. So whatever moment a process is killed at, what has a name
+is whole, and what has none is a leftover, which `tidy` removes at the next start. What is inside (engines,
+tokenizer) is the caller's; this module imports no torch.
 """
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,8 +19,11 @@ from services.contracts.books import Books
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+BEST = "best"  # a link to the checkpoint with the best score
 _TEMPORARY = ".partial-"
 MARGIN = 1.1  # free space wanted, as a multiple of the estimate
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(OSError):
@@ -34,16 +40,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     zero_stage: int
     dtype: str
     books: Books = Books()  # what became of the tasks, through this version
+    metric: str = ""  # what `score` is a mean of (`learner.checkpoint_best`); empty: nothing
+    score: float | None = None  # over the updates since the checkpoint before; higher is better
     files: dict[str, int] = {}  # relative path -> bytes
     schema: int = SCHEMA_VERSION
 
 
 class Checkpoints:
-    """The checkpoints of one run. folder: made when needed. keep: the newest that stay."""
+    """The checkpoints of one run. folder: made when needed. keep: the newest that stay, beside the best by `metric`."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, metric: str = "") -> None:
         self.folder = folder
-        self._keep = keep
+        self._keep, self._metric = keep, metric
 
     def latest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint, or None. Damaged ones (files missing or cut short) are passed over."""
@@ -57,13 +65,24 @@ class Checkpoints:
         """Where a checkpoint is written before it gets its name; the same on every rank."""
         return self.folder / f"{_TEMPORARY}{_name(version)}"
 
+    def tidy(self) -> None:
+        """Remove what processes that were killed left behind; for a time when nobody writes."""
+        for stale in self.folder.glob(f"{_TEMPORARY}*"):
+            if stale.is_symlink():
+                stale.unlink()
+            else:
+                shutil.rmtree(stale)
+
+    def scratch(self, name: str) -> Path:
+        """A folder for work on checkpoints, not yet there, that `tidy` removes should its owner be killed."""
+        return self.folder / f"{_TEMPORARY}{name}"
+
     def begin(self, version: int, *, need_bytes: int) -> Path:
         """Make the temporary folder. Raises CheckpointError when the disk has not enough space left."""
         target = self.temporary(version)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(stale)
+            self.tidy()
             free = shutil.disk_usage(self.folder).free
             if free < MARGIN * need_bytes:
                 raise OSError(errno.ENOSPC, f"needs about {need_bytes >> 20} MiB, {free >> 20} MiB are free")
@@ -81,14 +100,16 @@ class Checkpoints:
             (temporary / MANIFEST).write_bytes(data)
             _flush_tree(temporary)
             if final.exists():  # damaged, or of a run that was set back
-                shutil.rmtree(final)
+                self._remove(final)
             temporary.rename(final)
             _flush(self.folder)
         except OSError as error:
             self.abandon(manifest.version)
             raise self._failure(manifest.version, error) from error
-        for old in self._finished()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        try:
+            self._prune()
+        except OSError as error:  # the next one tries again
+            log.warning("old checkpoints could not be removed", extra={"error": str(error)})
         return final
 
     def abandon(self, version: int) -> None:
@@ -104,9 +125,42 @@ class Checkpoints:
         try:
             write(target)
         except (OSError, RuntimeError) as error:
-            self.abandon(manifest.version)
-            raise self._failure(manifest.version, error) from error
+            raise self.failed(manifest.version, error) from error
         return self.commit(manifest)
+
+    def failed(self, version: int, error: Exception) -> CheckpointError:
+        """Abandon a checkpoint that could not be written; returns what to raise."""
+        self.abandon(version)
+        return self._failure(version, error)
+
+    def _prune(self) -> None:
+        """Keep the newest and the best. Damaged ones do not count, and go."""
+        finished = self._finished()
+        whole = {path: manifest for path in finished if (manifest := _read(path)) is not None}
+        kept = set(list(whole)[-self._keep :])
+        scores = {
+            path: manifest.score
+            for path, manifest in whole.items()
+            if self._metric and manifest.metric == self._metric and manifest.score is not None
+        }
+        if scores:
+            best = max(scores, key=lambda path: (scores[path], path.name))
+            kept.add(best)
+            self._point_at(best)
+        for path in finished:
+            if path not in kept:
+                self._remove(path)
+
+    def _point_at(self, best: Path) -> None:
+        link, fresh = self.folder / BEST, self.scratch(BEST)
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(best.name)
+        fresh.replace(link)
+
+    def _remove(self, path: Path) -> None:
+        nameless = self.scratch(f"old-{path.name}")
+        path.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
 
     def _finished(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("v*") if path.is_dir())
