@@ -348,6 +348,10 @@ class LearnerSection(_Section):
     """Updates between checkpoints; the last update is always saved."""
     checkpoint_keep: Positive = 2
     """Newest checkpoints kept."""
+    dialogues_kept: NonNegative = 24
+    """Dialogues of each update kept under the run's `dialogues/` for the console; 0: none."""
+    dialogues_mb: Positive = 256
+    """Space for them; when it is used up, older steps are thinned out."""
     metrics_port: Port = 0
     """Prometheus and health endpoint; 0: the launcher picks a free one."""
     wandb_project: str = ""
@@ -363,10 +367,6 @@ class LearnerSection(_Section):
             raise ValueError(f"dual_clip {self.dual_clip} must be above 1, or 0 for none")
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_target needs a kl_coef above 0 to start from")
-    dialogues_kept: NonNegative = 24
-    """Dialogues of each update kept under the run's `dialogues/` for the console; 0: none."""
-    dialogues_mb: Positive = 256
-    """Space for them; when it is used up, older steps are thinned out."""
         return self
 
     @model_validator(mode="after")

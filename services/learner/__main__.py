@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
@@ -93,14 +93,17 @@ def _follow(config: RunConfig, *, resume: bool) -> int:
 
 async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.contracts.ledger import Ledger
+    from services.contracts.observations import Figure, Observations, Reporter
     from services.contracts.problems import load_problems
     from services.contracts.registry import Registry
     from services.contracts.store import connect
     from services.contracts.telemetry import serve_health
     from services.learner.loop import Loop
     from services.learner.metrics import Metrics, summarise, weights_and_biases
+    from services.learner.observer import Observer
     from services.learner.publish import Publisher
     from services.learner.sampler import TaskSampler
+    from services.learner.samples import open_samples
     from services.learner.trainer import Trainer
 
     page = weights_and_biases(config)
@@ -111,34 +114,53 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         min_attempts=config.dialogue.min_attempts,
         max_attempts=config.dialogue.max_attempts,
         samples_per_problem=config.learner.samples_per_problem,
-    from services.learner.samples import open_samples
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
-    metrics = Metrics(config.run_dir, version=trainer.version, sinks=[page] if page else [])
-    publisher = Publisher(Registry(redis, run=config.run.name), config, trainer.source)
+    observations = Observations(redis, run=config.run.name)
+    await observations.forget_steps_after(trainer.version)
+    registry = Registry(redis, run=config.run.name)
+    ledger = Ledger(
+        redis, run=config.run.name, lease_s=config.redis.lease_s, max_deliveries=config.redis.max_deliveries
+    )
+
+    async def vitals() -> Mapping[str, Figure]:
+        return await observer.look()
+
+    reporter = Reporter(observations, name="learner", service="learner", vitals=vitals)
+    metrics = Metrics(config.run_dir, version=trainer.version, sinks=[reporter, page] if page else [reporter])
+    samples = open_samples(config, sampler)
+    samples.forget_after(trainer.version)
+    publisher = Publisher(registry, config, trainer.source)
     loop = Loop(
         config,
-        ledger=Ledger(
-            redis, run=config.run.name, lease_s=config.redis.lease_s, max_deliveries=config.redis.max_deliveries
-        ),
+        ledger=ledger,
         publisher=publisher,
         trainer=trainer,
         sampler=sampler,
         metrics=metrics,
-    samples = open_samples(config, sampler)
-    samples.forget_after(trainer.version)
         summarise=summarise,
+        keep=lambda step, batch: samples.keep(step, batch, trainer.insight),
+    )
+    observer = Observer(
+        redis,
+        ledger=ledger,
+        registry=registry,
+        phases=loop.phases,
+        version=lambda: trainer.version,
+        collected=lambda: loop.collected,
+        trouble=lambda: loop.trouble,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, loop.stop.set)
     health = serve_health(lambda: loop.trouble, port=config.learner.metrics_port)
     log.info("learner started", extra={"version": trainer.version, "metrics_port": health.port})
     try:
-        await loop.run()
+        async with reporter:
+            await loop.run()
     finally:
         health.close()
         metrics.close()
-        keep=lambda step, batch: samples.keep(step, batch, trainer.insight),
+        await asyncio.to_thread(samples.close)
         await publisher.close()
         await redis.aclose()
     await asyncio.to_thread(trainer.close)
@@ -147,4 +169,3 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-        await asyncio.to_thread(samples.close)

@@ -19,6 +19,7 @@ from services.contracts.wire import Trajectory
 from services.learner.batch import defect, whole_groups_first
 from services.learner.bookkeeper import Bookkeeper
 from services.learner.checkpoint import CheckpointError
+from services.learner.phases import Phases
 from services.learner.sampler import TaskSampler
 
 CONSUMER = "learner"
@@ -109,6 +110,12 @@ class Loop:
         self._bookkeeper = Bookkeeper(ledger, trainer.books)
         self._dropped = self._stale = 0  # trajectories since the last step: all that were dropped, the too old of them
         self._issued = 0
+        self.phases = Phases()
+
+    @property
+    def collected(self) -> tuple[int, int]:
+        """Dialogues of the batch that is being collected, and how many it needs."""
+        return len(self._held.get(self._trainer.version, ())), self._settings.batch_dialogues
 
     async def run(self) -> None:
         """Train until the last step, or until `stop`. Raises StarvedError when no batch fills in time."""
@@ -118,6 +125,7 @@ class Loop:
         self.trouble = None
         while self._trainer.version < self._steps:
             started = time.monotonic()
+            self.phases.enter("waiting")
             batch = await self._collect(self._trainer.version)
             if batch is None:
                 break
@@ -139,7 +147,9 @@ class Loop:
         figures = self._summarise(batch, version=self._trainer.version)
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
+        self.phases.enter("training")
         figures |= await asyncio.to_thread(self._trainer.train, batch)
+        self.phases.enter("publishing")
         self._keep(self._trainer.version, batch)
         self._bookkeeper.note_trained(self._trainer.version, [trajectory.task_id for trajectory in batch])
         started = time.monotonic()
@@ -227,6 +237,7 @@ class Loop:
     async def _save(self) -> float:
         """Save and acknowledge; while the disk is full the run waits here. Returns the seconds it took."""
         started, version = time.monotonic(), self._trainer.version
+        self.phases.enter("saving")
         while True:
             closed = await self._bookkeeper.close(version)
             try:

@@ -17,9 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from services.contracts.config import ConfigError, RunConfig
 from services.contracts.rewards import attempt_reward
 from services.contracts.wire import Trajectory, Verdict
+from services.learner.exported import export
 from services.learner.mismatch import staleness
 
-_VALUE = Gauge("multiattempt_learner_value", "Newest value of each figure in metrics.jsonl", ["name"])
+STEP_AT = Gauge("multiattempt_learner_step_finished_timestamp_seconds", "When the newest step was done, Unix time")
 
 
 def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
@@ -135,8 +136,8 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
-            _VALUE.labels(name).set(value)
-        _VALUE.labels("version").set(step)
+        export({"version": step, **figures})
+        STEP_AT.set_to_current_time()
         self._board.flush()
         for sink in self._sinks:
             sink.log(dict(figures), step=step)
