@@ -115,7 +115,7 @@ class Observations:
             return []
         found = cast(list[bytes | None], await self._redis.mget([self._vitals + name for name in names]))
         if silent := [name for name, value in zip(names, found, strict=True) if value is None]:
-            await cast(Awaitable[int], self._redis.srem(self._names, *silent))
+            await self._redis.srem(self._names, *silent)
         return [_vitals_decoder.decode(value) for value in found if value is not None]
 
 
@@ -134,7 +134,7 @@ class Reporter(logging.Handler):
         vitals: Callable[[], Awaitable[Mapping[str, Figure]]],
     ) -> None:
         super().__init__(level=logging.WARNING)
-        self._observations, self._name, self._service, self._ask = observations, name, service, vitals
+        self._observations, self._process, self._service, self._ask = observations, name, service, vitals
         self._pending_notices: deque[Notice] = deque(maxlen=PENDING)
         self._pending_steps: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=PENDING)
         self._running: asyncio.Task[None] | None = None
@@ -148,7 +148,7 @@ class Reporter(logging.Handler):
         self._pending_notices.append(
             Notice(
                 at=record.created,
-                name=self._name,
+                name=self._process,
                 level=record.levelname.lower(),
                 message=message[:MAX_NOTICE_CHARS],
                 task_id=task_id if isinstance(task_id, int) else None,
@@ -188,7 +188,7 @@ class Reporter(logging.Handler):
             try:
                 await self._flush()
                 figures = dict(await self._ask())
-                vitals = Vitals(name=self._name, service=self._service, at=time.time(), figures=figures)
+                vitals = Vitals(name=self._process, service=self._service, at=time.time(), figures=figures)
                 await self._observations.put_vitals(vitals)
             except RedisError as error:  # it is away: the process itself waits for it or ends, this only goes unseen
                 log.debug("nothing is reported", extra={"error": repr(error)})

@@ -5,15 +5,20 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from redis.asyncio import Redis
 
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger
+from services.contracts.observations import Figure, Observations, Reporter
 from services.contracts.registry import Registry, Replica
 from services.contracts.store import connect
 from services.grader.client import GraderClient
 from services.rollout.admission import Admission
 from services.rollout.runner import DialogueRunner, EngineDead
+from services.rollout.vitals import VitalSigns
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.worker import Worker
 
@@ -96,6 +101,15 @@ class ReplicaProcess:
         await self.worker.run()
         while self.runner.num_running and not self.worker.is_grace_over:
             await asyncio.sleep(DRAIN_PERIOD_S)
+
+    def _reporter(self, redis: Redis) -> Reporter:
+        signs = VitalSigns()
+
+        async def vitals() -> Mapping[str, Figure]:
+            return {"trouble": self.trouble, **signs()}
+
+        observations = Observations(redis, run=self.config.run.name)
+        return Reporter(observations, name=self._replica_id, service="rollout", vitals=vitals)
 
     def _wire(self, ledger: Ledger, grader: GraderClient) -> None:
         self.runner = DialogueRunner(
