@@ -69,9 +69,10 @@ class ReplicaProcess:
             beating = asyncio.create_task(self._beat(registry))
             working = asyncio.create_task(self._work())
             try:
-                done, _ = await asyncio.wait((beating, working), return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                async with self._reporter(redis):
+                    done, _ = await asyncio.wait((beating, working), return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
             finally:
                 self.trouble = "the replica is stopping"
                 for task in (beating, working):
