@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 wrong configuration, 130 or 143 stopped."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("train", "serve"):
+    if rest and arguments.command not in ("train", "serve", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from services.contracts.config import ConfigError
 
     try:
         match arguments.command:
-            case "train":
-                return _train(arguments.config, rest, resume=arguments.resume)
+            case "train" | "prepare":
+                return _begin(arguments, rest)
             case "serve":
                 return _serve(arguments.service, rest)
             case "grade":
@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     serve = commands.add_parser("serve", help="run one service", allow_abbrev=False, add_help=False)
     serve.add_argument("service", choices=SERVICES, help="arguments after it go to the service")
+    prepare = commands.add_parser(
+        "prepare", help="make a run ready for services that are started one by one (containers)", allow_abbrev=False
+    )
+    prepare.add_argument("config", type=Path, help="TOML file; any setting can follow as --section.key value")
     _add_grade(commands)
     _add_chat(commands)
     status = commands.add_parser("status", help="look at a run")
@@ -154,6 +158,14 @@ def _chat(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
         )
     )
+
+
+def _begin(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    if arguments.command == "train":
+        return _train(arguments.config, rest, resume=arguments.resume)
+    from services.cli.prepare import run_prepare
+
+    return run_prepare(arguments.config, rest)
 
 
 def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:

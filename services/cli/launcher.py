@@ -102,7 +102,7 @@ async def _experiment(
         progress.doing("starting an embedded Valkey")
         url = await store.start()
     resolved, ports = resolve(config, redis_url=url)
-    plan = Plan(resolved, _write_resolved(resolved), programs)
+    plan = Plan(resolved, write_resolved(resolved), programs)
 
     async def once(name: str, *arguments: str) -> None:
         one_shot = plan.one_shot(name, *arguments)
@@ -182,11 +182,13 @@ def free_port() -> int:
         return port
 
 
-def _write_resolved(config: RunConfig) -> Path:
+def write_resolved(config: RunConfig) -> Path:
     """The one file that all services read. It holds the control token: nobody else may read it."""
     path = config.run_dir / "config.json"
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # a service may be reading the old one
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         json.dump(to_toml_dict(config), file, indent=1)
+    os.replace(partial, path)
     return path
 
 

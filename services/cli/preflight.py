@@ -23,14 +23,19 @@ CGROUP = Path("/sys/fs/cgroup")
 def check(config: RunConfig, *, resume: bool) -> None:
     """Raise ConfigError for the first thing that would make the run fail."""
     _check_run_folder(config, resume=resume)
-    _check_disk(config.run_dir)
-    _check_model(config)
+    check_inputs(config)
     check_memory(config, available_gb=available_memory_gb())
-    load_environment(config.dialogue)
-    load_problems(config)
     _check_ports(config)
     if config.redis.url:
         asyncio.run(_check_redis(config, resume=resume))
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise ConfigError for the first thing wrong with what the run reads, or with the place it writes to."""
+    _check_disk(config.run_dir)
+    _check_model(config)
+    load_environment(config.dialogue)
+    load_problems(config)
 
 
 def has_checkpoints(run_dir: Path) -> bool:

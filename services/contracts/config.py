@@ -1,7 +1,8 @@
 """RunConfig: one TOML file is one experiment. What can be set, and the defaults, are in `settings`.
 
-Order of precedence: `--section.key value`, then `MULTIATTEMPT_SECTION__KEY` in the environment, then
-the TOML file, then the defaults. An unknown key is an error that names the nearest valid one.
+Order of precedence: `--section.key value`, then `MULTIATTEMPT_SECTION__KEY` in the environment (or a file with the
+value, named by `MULTIATTEMPT_SECTION__KEY_FILE`: secrets), then the TOML file, then the defaults. An unknown key is an
+error that names the nearest valid one.
 """
 
 import difflib
@@ -30,6 +31,7 @@ from services.contracts.settings import (
 )
 
 ENV_PREFIX = "MULTIATTEMPT_"
+FILE_SUFFIX = "_file"
 
 
 class ConfigError(ValueError):
@@ -117,8 +119,26 @@ def _from_env(env: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
             section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
             if not key:
                 raise ConfigError(f"environment variable {name}: expected {ENV_PREFIX}SECTION__KEY")
+            if key.endswith(FILE_SUFFIX):
+                key, value = key.removesuffix(FILE_SUFFIX), _read_secret(name, value)
             found.append((f"environment variable {name}", section, key, value))
     return found
+
+
+def secret_from_env(name: str, env: Mapping[str, str] | None = None) -> str:
+    """The environment variable `name`, or what is in the file that `name`_FILE names; else "". Raises ConfigError."""
+    env = os.environ if env is None else env
+    path = env.get(f"{name}{FILE_SUFFIX.upper()}", "")
+    return _read_secret(f"{name}{FILE_SUFFIX.upper()}", path) if path else env.get(name, "")
+
+
+def _read_secret(name: str, path: str) -> str:
+    """Without the line break at its end."""
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(f"environment variable {name}: {path}: {reason}") from error
 
 
 def _from_flags(flags: Sequence[str]) -> list[tuple[str, str, str, str]]:
@@ -191,7 +211,13 @@ def _first_line(error: ValidationError, path: Path | None, sources: Mapping[tupl
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Read the resolved configuration that the launcher wrote for its services (JSON). Raises ConfigError."""
+    """Read a service's configuration: the resolved one that the launcher wrote (JSON), which is taken as it is; or,
+    where nothing launches (containers), the experiment's own TOML file with the environment over it.
+
+    Raises ConfigError.
+    """
+    if path.suffix == ".toml":
+        return load(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

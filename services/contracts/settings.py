@@ -5,6 +5,7 @@ How they are read from file, environment and command line is `config`'s business
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -169,10 +170,23 @@ class RedisSection(_Section):
 
     url: str = ""
     """Empty: the launcher starts an embedded Valkey under the run's folder."""
+    password: str = ""
+    """Put into `url` where that has none; best from a file, by MULTIATTEMPT_REDIS__PASSWORD_FILE."""
     lease_s: PositiveFloat = 20.0
     """A claimed task whose lease is not renewed for this long goes to another replica."""
     max_deliveries: Positive = 5
     """After this many claims without a result a task is a dead letter."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _password_into_url(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("password") or not values.get("url"):
+            return values
+        parts = urlsplit(str(values["url"]))
+        if parts.password is None:
+            name, host = parts.username or "", parts.netloc.rpartition("@")[2]
+            parts = parts._replace(netloc=f"{name}:{quote(str(values['password']), safe='')}@{host}")
+        return values | {"url": parts.geturl(), "password": ""}
 
 
 class GraderSection(_Section):
@@ -215,7 +229,8 @@ class RolloutSection(_Section):
     port: Port = 0
     """0: the launcher picks a free one."""
     advertise_host: str = ""
-    """Host that the learner reaches this replica at; empty: `host`."""
+    """Host that the learner reaches this replica at; empty: `host`, or where that is any address (0.0.0.0), the one
+    that this machine's name stands for."""
     replicas: Positive = 1
     """How many the local launcher starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -337,7 +352,7 @@ class LearnerSection(_Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     processes: Positive = 1
-    """Learner ranks that the local launcher starts, one per GPU."""
+    """Learner ranks on each host, one per GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
     threads: NonNegative = 0
@@ -354,6 +369,8 @@ class LearnerSection(_Section):
     """Space for them; when it is used up, older steps are thinned out."""
     metrics_port: Port = 0
     """Prometheus and health endpoint; 0: the launcher picks a free one."""
+    metrics_host: str = "127.0.0.1"
+    """Address it listens on."""
     wandb_project: str = ""
     """Weights & Biases project that gets the metrics too (`pip install wandb`); empty: none."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.contracts.config import ConfigError, load_resolved
+from services.contracts.config import ConfigError, load_resolved, secret_from_env
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import configure_logging
 
@@ -68,8 +68,12 @@ def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection]:
 
 
 def _api_key() -> str | None:
-    """The bearer token wanted, if any; taken out of the environment, so that worker processes never hold it."""
-    api_key = os.environ.pop(API_KEY_VARIABLE, "")
+    """The bearer token wanted, if any, by the variable or by the file that GRADER_API_KEY_FILE names.
+
+    Taken out of the environment, so that worker processes never hold it.
+    """
+    api_key = secret_from_env(API_KEY_VARIABLE)
+    os.environ.pop(API_KEY_VARIABLE, None)
     if not all("!" <= character <= "~" for character in api_key):
         raise ConfigError(f"{API_KEY_VARIABLE}: printable ASCII without spaces is wanted (is a line break at its end?)")
     return api_key or None

@@ -20,7 +20,6 @@ Nothing here needs the grader's own libraries.
 
 import asyncio
 import json
-import os
 import random
 import threading
 import time
@@ -33,6 +32,7 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 import msgspec
 
+from services.contracts.config import secret_from_env
 from services.contracts.wire import Verdict
 
 API_KEY_VARIABLE = "GRADER_API_KEY"
@@ -142,7 +142,8 @@ class _Place:
 class GraderClient:
     """Grades over HTTP, from one event loop. Use as an async context manager, or `close` it.
 
-    token: bearer token; by default GRADER_API_KEY of the environment, if set. deadline_s: see `grade`.
+    token: bearer token; by default GRADER_API_KEY of the environment, or what is in the file that GRADER_API_KEY_FILE
+    names. deadline_s: see `grade`.
     max_requests, max_request_items: see the module.
     """
 
@@ -158,7 +159,7 @@ class GraderClient:
     ) -> None:
         if httpx.URL(url).scheme not in ("http", "https"):
             raise ValueError(f"the grader's address begins with http:// or https://, got {url!r}")
-        token = (os.environ.get(API_KEY_VARIABLE, "") if token is None else token).strip()
+        token = (secret_from_env(API_KEY_VARIABLE) if token is None else token).strip()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
         self._http = httpx.AsyncClient(base_url=url, headers=headers, limits=limits, transport=transport)

@@ -12,6 +12,7 @@
     deepspeed_engine  the only file that imports DeepSpeed: engines, optimiser steps, weights for publishing
     checkpoint        atomic folders, newest n kept  metrics    metrics.jsonl, TensorBoard, Prometheus
     ranks             what the ranks tell each other publish    weights to the replicas
+    host              the ranks of one host, where nobody else starts them
     prepare, warmup, arithmetic_model, smollm2       the starting model
 
 Nothing is imported here: `python -m services.learner --help` must not load torch.

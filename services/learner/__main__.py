@@ -1,12 +1,14 @@
 """Start the learner: `python -m services.learner --config RUN/config.json [--resume]`, once per rank.
 
-Several ranks find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Exit codes: 0 all steps
+Several ranks find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without RANK this starts
+the `learner.processes` ranks of its host itself (`host`). Exit codes: 0 all steps
 are done; 2 a configuration error, one line on standard error; 143 stopped by SIGTERM or SIGINT after saving what was
 done, to be continued with --resume; 1 anything else (restart with --resume). Torch is loaded after all checks.
 """
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
 from services.contracts.telemetry import configure_logging
 from services.learner.checkpoint import Checkpoints
+from services.learner.host import run_ranks
 
 EXIT_CONFIG = 2
 EXIT_STOPPED = 143
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(config, resume=arguments.resume)
         configure_logging("learner", run=config.run.name)
         _set_environment(config)
+        if "RANK" not in os.environ and (config.learner.processes > 1 or os.environ.get("NNODES", "1") != "1"):
+            return run_ranks(config.learner.processes, sys.argv[1:] if argv is None else argv)
         if int(os.environ.get("RANK", "0")) > 0:
             return _follow(config, resume=arguments.resume)
         return asyncio.run(_lead(config, resume=arguments.resume))
@@ -81,12 +86,17 @@ def _keep_freed_memory() -> None:
 
 
 def _follow(config: RunConfig, *, resume: bool) -> int:
+    from services.contracts.telemetry import serve_health
     from services.learner.trainer import Trainer
 
     for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to stop
         signal.signal(number, signal.SIG_IGN)
     trainer = Trainer.start(config, resume=resume)
-    trainer.follow()
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("LOCAL_RANK") == "0":  # of several hosts each answers for itself
+            health = serve_health(lambda: None, host=config.learner.metrics_host, port=config.learner.metrics_port)
+            stack.callback(health.close)
+        trainer.follow()
     trainer.close()
     return 0
 
@@ -152,7 +162,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, loop.stop.set)
-    health = serve_health(lambda: loop.trouble, port=config.learner.metrics_port)
+    health = serve_health(lambda: loop.trouble, host=config.learner.metrics_host, port=config.learner.metrics_port)
     log.info("learner started", extra={"version": trainer.version, "metrics_port": health.port})
     try:
         async with reporter:

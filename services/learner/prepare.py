@@ -34,7 +34,10 @@ def main() -> int:
         print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line a user sees
         return 2
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "model.json").write_text(json.dumps({"path": str(folder)}), encoding="utf-8")
+    note = config.run_dir / "model.json"
+    partial = note.with_name(f".{note.name}.{os.getpid()}")  # a service may be reading the old one
+    partial.write_text(json.dumps({"path": str(folder)}), encoding="utf-8")
+    os.replace(partial, note)
     return 0
 
 

@@ -24,6 +24,7 @@ from services.rollout.gpu_lease import leased_gpus
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+ANY_ADDRESS = ("0.0.0.0", "::")
 NO_LAST_WORD = "ignore::UserWarning:multiprocessing.resource_tracker"  # it outlives the replica, and would have it
 CLOSE_S = 1  # for answers under way at the end: by then no dialogue is
 
@@ -63,7 +64,7 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
     from services.rollout.app import create_app
     from services.rollout.replica import ReplicaProcess
 
-    url = f"http://{config.rollout.advertise_host or config.rollout.host}:{listener.getsockname()[1]}"
+    url = f"http://{_advertised(config)}:{listener.getsockname()[1]}"
     replica = ReplicaProcess(config, model=model, replica_id=replica_id, url=url)
     settings = uvicorn.Config(
         create_app(replica), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSE_S
@@ -87,6 +88,20 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
     with contextlib.suppress(asyncio.CancelledError):
         await living
     return 0
+
+
+def _advertised(config: RunConfig) -> str:
+    """The host in this replica's URL. Raises ConfigError."""
+    host = config.rollout.advertise_host or config.rollout.host
+    if host not in ANY_ADDRESS:
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.host: {host} is no address to be reached at, and this machine's name has none "
+            f"({error.strerror}); set rollout.advertise_host"
+        ) from error
 
 
 def _model(config: RunConfig) -> Path:

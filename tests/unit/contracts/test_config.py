@@ -42,6 +42,39 @@ def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPa
     assert load(None).run.seed == 9
 
 
+def test_a_secret_can_come_from_a_file_that_the_environment_names(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret\n", encoding="utf-8")
+    env = {"MULTIATTEMPT_ROLLOUT__CONTROL_TOKEN_FILE": str(tmp_path / "token")}
+    assert read(tmp_path, "", env=env).rollout.control_token == "s3cret"
+    told = mistake(tmp_path, "", env={"MULTIATTEMPT_ROLLOUT__CONTROL_TOKEN_FILE": str(tmp_path / "gone")})
+    assert told == "environment variable MULTIATTEMPT_ROLLOUT__CONTROL_TOKEN_FILE: gone: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://redis:6379/0", "redis://:p%40s%2Fs@redis:6379/0"),
+        ("rediss://user@redis:6379/0?ssl_ca_certs=/ca", "rediss://user:p%40s%2Fs@redis:6379/0?ssl_ca_certs=/ca"),
+        ("redis://:own@redis:6379/0", "redis://:own@redis:6379/0"),
+        ("unix:///run/redis.sock", "unix://:p%40s%2Fs@/run/redis.sock"),
+        ("", ""),
+    ],
+)
+def test_a_password_of_its_own_goes_into_the_url_that_has_none(tmp_path: Path, url: str, expected: str) -> None:
+    (tmp_path / "password").write_text("p@s/s", encoding="utf-8")
+    env = {"MULTIATTEMPT_REDIS__URL": url, "MULTIATTEMPT_REDIS__PASSWORD_FILE": str(tmp_path / "password")}
+    assert read(tmp_path, "", env=env).redis.url == expected
+
+
+def test_a_service_takes_a_toml_file_with_the_environment_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\nseed = 1\nsteps = 1", encoding="utf-8")
+    monkeypatch.setenv("MULTIATTEMPT_RUN__SEED", "2")
+    assert (load_resolved(path).run.seed, load_resolved(path).run.steps) == (2, 1)
+
+
 def test_the_last_of_two_flags_counts(tmp_path: Path) -> None:
     assert read(tmp_path, "", "--run.seed", "3", "--run.seed=4").run.seed == 4
 
