@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from services.cli.services import PROGRAMS, Plan, Programs
 from services.cli.store import EmbeddedStore
 from services.cli.supervisor import ServiceFailed, Supervisor
 from services.contracts.config import ConfigError, RunConfig, to_toml_dict
+from services.contracts.ports import free_port
 
 EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
@@ -33,7 +33,7 @@ async def launch(config: RunConfig, *, resume: bool, command: str, programs: Pro
     with _only_launcher(config.run_dir), Progress() as progress:
         if not resume:
             _clear(config.run_dir)
-        supervisor = Supervisor(config.run_dir / "logs", progress)
+        supervisor = Supervisor(config.run_dir / "logs", progress, milestone=lambda: _newest_checkpoint(config.run_dir))
         store = EmbeddedStore(config.run_dir / "valkey", supervisor, progress)
         running = asyncio.create_task(
             _experiment(config, supervisor, store, progress, resume=resume, programs=programs)
@@ -172,14 +172,6 @@ def _newest_checkpoint(run_dir: Path) -> str:
     folder = run_dir / "checkpoints"
     names = sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
     return f"; the newest checkpoint is {folder / names[-1]}" if names else ""
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def write_resolved(config: RunConfig) -> Path:

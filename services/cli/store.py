@@ -7,11 +7,13 @@ import asyncio
 from pathlib import Path
 
 from services.cli.progress import Progress
-from services.cli.supervisor import Supervisor
+from services.cli.supervisor import Supervisor, backoff_s
+from services.contracts.config import ConfigError
 from services.contracts.valkey import EmbeddedValkey
 
 LOOK_S = 0.5  # how soon a dead server is noticed
 START_POLL_S = 0.02
+MAX_FAILURES = 5  # to start it again, in a row
 
 
 class EmbeddedStore:
@@ -46,12 +48,23 @@ class EmbeddedStore:
         self._starting.result()
 
     async def _keep(self) -> None:
+        """Raises ConfigError when it cannot be started again."""
+        failures = 0
         while True:
-            await asyncio.sleep(LOOK_S)
-            if self._server.pid is None:
-                self._progress.say("the embedded Valkey ended; starting it again on its data")
-                self._forget()
+            await asyncio.sleep(LOOK_S if not failures else backoff_s(failures))
+            if self._server.pid is not None:
+                continue
+            self._progress.say("the embedded Valkey ended; starting it again on its data")
+            self._forget()
+            try:
                 await self._start()
+            except ConfigError as error:
+                failures += 1
+                if failures >= MAX_FAILURES:
+                    raise
+                self._progress.say(f"{error}; trying again in {backoff_s(failures):g} s")
+            else:
+                failures = 0
 
     def _forget(self) -> None:
         if self._pid is not None:

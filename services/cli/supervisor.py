@@ -1,8 +1,10 @@
 """The processes of one run: started, kept alive, stopped; none is left behind.
 
-A service that crashes is started again after a pause that doubles; one that says its configuration is wrong (exit
-code 2) ends the run. Every process leads a group of its own, so that a stop reaches what it started itself, and is
-known to the watchdog, which ends it should the launcher be killed. In which order to start them is `launcher`'s.
+A service that crashes is started again after a pause that doubles, and one that says at its first start that its
+configuration is wrong (exit code 2) ends the run. So does one that crashes again and again while training stands
+still; as long as training goes on, a service may die as often as it likes. Every process leads a group of its own, so
+that a stop reaches what it started itself, and is known to the watchdog, which ends it should the launcher be killed.
+In which order to start them is `launcher`'s.
 """
 
 import asyncio
@@ -24,7 +26,7 @@ EXIT_CONFIG = 2
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: a checkpoint, dialogues in flight
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
 HEALTHY_S = 60.0  # a service that lived this long starts its pauses anew
-MAX_CRASHES = 6  # in a row, none of them healthy
+MAX_CRASHES = 6  # in a row, none of them healthy, with no milestone between them
 LINE_LIMIT = 500
 
 
@@ -32,12 +34,35 @@ class ServiceFailed(RuntimeError):
     """A service cannot be kept alive; the run ends with exit code 1."""
 
 
-class Supervisor:
-    """Owns the processes. `stop` ends them all; then `close` ends the watchdog."""
+class Crashes:
+    """Counts those of one service: `in_row` for the pause, `at_standstill` for giving up."""
 
-    def __init__(self, logs: Path, progress: Progress) -> None:
+    def __init__(self, milestone: Callable[[], object]) -> None:
+        self._milestone = milestone
+        self.in_row = self.at_standstill = 0
+
+    def begin(self) -> None:
+        """A life begins."""
+        self._started, self._reached = time.monotonic(), self._milestone()
+
+    def count(self, *, was_ready: bool) -> None:
+        """It has ended. One that lived long was healthy; so was one that was ready while training advanced."""
+        lived = time.monotonic() - self._started > HEALTHY_S
+        advanced = self._milestone() != self._reached
+        self.in_row = 1 if lived or (advanced and was_ready) else self.in_row + 1
+        self.at_standstill = 1 if lived or advanced else self.at_standstill + 1
+
+
+class Supervisor:
+    """Owns the processes. `stop` ends them all; then `close` ends the watchdog.
+
+    milestone: how far training has come for good, as a value that changes when it advances.
+    """
+
+    def __init__(self, logs: Path, progress: Progress, *, milestone: Callable[[], object] = lambda: None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self._logs, self._progress = logs, progress
+        self._logs, self._progress, self._milestone = logs, progress, milestone
+        self._ready: dict[str, asyncio.Event] = {}
         self.watchdog = Watchdog()
         self._alive: dict[str, asyncio.subprocess.Process] = {}
         self._keeping: list[asyncio.Task[None]] = []
@@ -59,6 +84,7 @@ class Supervisor:
 
     def keep(self, service: Service) -> None:
         """Start a service and start it again whenever it ends, until `stop`."""
+        self._ready[service.name] = asyncio.Event()
         self.keep_task(self._keep(service))
 
     def keep_task(self, work: Awaitable[None]) -> None:
@@ -66,8 +92,8 @@ class Supervisor:
         self._keeping.append(asyncio.ensure_future(work))
 
     async def until_ready(self, kept: Sequence[Service]) -> None:
-        """Wait until all answer 200 at their ready_url. Raises what ended one of them, or ServiceFailed."""
-        await self.unless_failed(asyncio.gather(*(self._ready(service) for service in kept)))
+        """Wait until each has answered 200 at its ready_url. Raises what ended one of them, or ServiceFailed."""
+        await self.unless_failed(asyncio.gather(*(self._ready[service.name].wait() for service in kept)))
 
     async def unless_failed(self, work: Awaitable[object]) -> None:
         """Await `work`, unless something kept fails for good first, whose error is raised."""
@@ -82,15 +108,17 @@ class Supervisor:
 
     async def run_group(self, make: Callable[[], Sequence[Service]]) -> None:
         """Run services that belong together (the learner's ranks) until all exit with 0; a crash restarts them all."""
-        crashes = 0
+        crashes = Crashes(self._milestone)
         while True:
-            started, group = time.monotonic(), make()
+            group = make()
+            crashes.begin()
             codes = await self._run_together(group)
             if not any(codes.values()):
                 return
             for name, code in codes.items():
-                self._raise_if_misconfigured(name, code)
-            crashes = 1 if time.monotonic() - started > HEALTHY_S else crashes + 1
+                if crashes.in_row == 0:
+                    self._raise_if_misconfigured(name, code)
+            crashes.count(was_ready=True)
             name = next(name for name, code in codes.items() if code)  # in order of their end: the culprit
             await self._pause_after_crash(name, codes[name], crashes)
 
@@ -111,19 +139,29 @@ class Supervisor:
         self.watchdog.close()
 
     async def _keep(self, service: Service) -> None:
-        crashes = 0
+        crashes, is_ready = Crashes(self._milestone), self._ready[service.name]
+        was_ever_ready = False
         while True:
-            started = time.monotonic()
+            crashes.begin()
+            is_ready.clear()
             process = await self._spawn(service.name, service.command, service.environment)
-            code = await self._ended(service.name, process)
-            self._raise_if_misconfigured(service.name, code)
-            crashes = 1 if time.monotonic() - started > HEALTHY_S else crashes + 1
+            watching = asyncio.create_task(self._watch_start(service, process, is_restart=was_ever_ready))
+            try:
+                code = await self._ended(service.name, process)
+                if watching.done() and (failure := watching.result()) and not was_ever_ready:
+                    raise ServiceFailed(failure)
+            finally:
+                watching.cancel()
+            was_ever_ready = was_ever_ready or is_ready.is_set()
+            if not was_ever_ready:  # later, its configuration was good: what it misses is to come back
+                self._raise_if_misconfigured(service.name, code)
+            crashes.count(was_ready=is_ready.is_set())
             await self._pause_after_crash(service.name, code, crashes)
 
-    async def _pause_after_crash(self, name: str, code: int, crashes: int) -> None:
-        if crashes >= MAX_CRASHES:
-            raise ServiceFailed(f"{name} failed {crashes} times in a row: {self._last_line(name)}")
-        pause_s = backoff_s(crashes)
+    async def _pause_after_crash(self, name: str, code: int, crashes: Crashes) -> None:
+        if crashes.at_standstill >= MAX_CRASHES:
+            raise ServiceFailed(f"{name} failed {crashes.at_standstill} times in a row: {self._last_line(name)}")
+        pause_s = backoff_s(crashes.in_row)
         self._progress.say(f"{name} ended with {_meaning(code)}; starting it again in {pause_s:g} s")
         await asyncio.sleep(pause_s)
 
@@ -178,18 +216,27 @@ class Supervisor:
             return  # not even SIGKILL: it sleeps in the kernel
         await self._ended(name, process)
 
-    async def _ready(self, service: Service) -> None:
-        deadline, reason = time.monotonic() + service.ready_s, "no answer"
+    async def _watch_start(self, service: Service, process: asyncio.subprocess.Process, *, is_restart: bool) -> str:
+        """Say when it is ready. One that is not in time is killed: it has hung, and its next start may not.
+
+        Returns that failure, or an empty text.
+        """
+        started, reason = time.monotonic(), "no answer"
         async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
-            while time.monotonic() < deadline:
+            while time.monotonic() < started + service.ready_s:
                 with contextlib.suppress(httpx.TransportError):
                     answer = await client.get(service.ready_url)
                     if answer.is_success:
-                        self._progress.say(f"{service.name} is ready")
-                        return
+                        again = f" again after {time.monotonic() - started:.1f} s" if is_restart else ""
+                        self._progress.say(f"{service.name} is ready{again}")
+                        self._ready[service.name].set()
+                        return ""
                     reason = " ".join(answer.text.split())[:LINE_LIMIT]
                 await asyncio.sleep(0.1)
-        raise ServiceFailed(f"{service.name} was not ready within {service.ready_s:g} s: {reason}")
+        failure = f"{service.name} was not ready within {service.ready_s:g} s: {reason}"
+        self._progress.say(failure)
+        _signal_group(process.pid, signal.SIGKILL)
+        return failure
 
     def _raise_if_misconfigured(self, name: str, code: int) -> None:
         if code == EXIT_CONFIG:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from services.contracts.config import ConfigError
+from services.contracts.ports import free_port
 
 START_TIMEOUT_S = 20.0  # also covers reading a large append-only file back
 STOP_TIMEOUT_S = 10.0
@@ -61,7 +62,8 @@ class EmbeddedValkey:
         """
         assert self.pid is None, "already running"
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        self.port = _free_port(self.port)
+        self.port = self.port or free_port()
+        _check_free(self.port)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [_binary(), *self._arguments()],
@@ -137,16 +139,14 @@ def _binary() -> str:
         raise ConfigError(f"no embedded Valkey here ({error}); set redis.url to a Redis 7 or Valkey server") from error
 
 
-def _free_port(port: int) -> int:
-    """`port` itself if nobody listens there, or any free one for 0: another server would answer our PING too."""
+def _check_free(port: int) -> None:
+    """Raises ConfigError when somebody listens there: another server would answer our PING too."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a killed server's port is free at once
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigError(f"embedded Valkey: port {port} is in use ({error.strerror})") from error
-        free: int = probe.getsockname()[1]
-        return free
 
 
 def _answers_ping(port: int) -> bool:

@@ -148,6 +148,7 @@ class Loop:
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
         self.phases.enter("training")
+        _tell("train", self._trainer.version)
         figures |= await asyncio.to_thread(self._trainer.train, batch)
         self.phases.enter("publishing")
         self._keep(self._trainer.version, batch)
@@ -239,7 +240,9 @@ class Loop:
         started, version = time.monotonic(), self._trainer.version
         self.phases.enter("saving")
         while True:
+            _tell("checkpoint: close the books", version)
             closed = await self._bookkeeper.close(version)
+            _tell("checkpoint: write", version)
             try:
                 await asyncio.to_thread(self._trainer.save, self._next_task, closed.books)
                 break
@@ -252,6 +255,7 @@ class Loop:
                     return time.monotonic() - started
                 await self._pause(RETRY_SAVE_S)
         self.trouble, self._saved_version = None, version
+        _tell("checkpoint: acknowledge", version)
         await self._bookkeeper.acknowledge(closed)
         return time.monotonic() - started
 
@@ -260,3 +264,8 @@ class Loop:
             await asyncio.wait_for(self.stop.wait(), timeout=seconds)
         except TimeoutError:
             return
+
+
+def _tell(phase: str, version: int) -> None:
+    """Tell the log what begins now: what a run that hangs, hangs in."""
+    log.info("phase", extra={"phase": phase, "version": version})

@@ -70,7 +70,8 @@ class PublishReport:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the block's wall time to `seconds[phase]`."""
+        """Add the block's wall time to `seconds[phase]`, and tell the log that it begins."""
+        log.info("phase", extra={"phase": f"publish: {phase.removesuffix('_s')}", "version": self.version})
         started = time.monotonic()
         try:
             yield

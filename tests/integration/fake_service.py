@@ -19,7 +19,8 @@ def main() -> int:
     config, run_dir = json.loads(path.read_text()), path.parent
     note_pid(run_dir, kind, os.getpid())
     behaviour = os.environ.get(f"FAKE_{kind.upper()}", "")
-    if behaviour == "misconfigured":
+    lives = len([noted for noted in (run_dir / "pids").iterdir() if noted.read_text() == kind])
+    if behaviour == "misconfigured" or (behaviour == "misconfigured later" and lives == 2):
         sys.stdout.write("a line of progress\n")
         sys.stdout.flush()
         sys.stderr.write(f"multiattempt: error: {kind}.device: no such device\n")

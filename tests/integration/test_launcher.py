@@ -180,6 +180,20 @@ def test_a_killed_valkey_comes_back_with_its_data(tmp_path: Path) -> None:
     assert not run.left_behind()
 
 
+def test_a_service_that_was_ready_once_is_started_again_whatever_it_misses_then(tmp_path: Path) -> None:
+    run = Run(tmp_path, "--evaluation.enabled", "false", learner="hang", grader="misconfigured later")
+    wait_for((run.dir / "learner-hangs").exists)
+    (grader,) = [pid for pid, kind in run.left_behind().items() if kind == "grader"]
+    os.kill(grader, signal.SIGKILL)
+    wait_for(lambda: [kind for pid, kind in run.left_behind().items() if kind == "grader" and pid != grader])
+    run.process.send_signal(signal.SIGTERM)
+    code, out, _ = run.end()
+    assert code == 143
+    assert "grader ended with signal SIGKILL; starting it again in 1 s" in out
+    assert "grader ended with exit code 2; starting it again in 2 s" in out
+    assert not run.left_behind()
+
+
 def test_a_second_launcher_of_the_same_run_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, "--evaluation.enabled", "false", learner="hang")
     wait_for((run.dir / "learner-hangs").exists)
