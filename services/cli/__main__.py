@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_CONFIG = 2
-SERVICES = ("grader", "rollout", "learner")
+SERVICES = ("grader", "rollout", "learner", "console")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,7 +196,7 @@ def _look(arguments: argparse.Namespace) -> int:
 
 
 def _plot(run: Path) -> int:
-    from services.cli.status import resolved_config
+    from services.contracts.runs import resolved_config
 
     command = [sys.executable, "-m", "services.evaluation", "--config", str(resolved_config(run)), "--report"]
     return subprocess.run(command, check=False).returncode

@@ -17,7 +17,6 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from services.cli.status import newest_run, resolved_config
 from services.contracts.books import (
     QUEUED,
     RUNNING,
@@ -31,6 +30,7 @@ from services.contracts.books import (
 )
 from services.contracts.config import ConfigError, RunConfig, load_resolved
 from services.contracts.ledger import Ledger
+from services.contracts.runs import newest_run, resolved_config
 from services.contracts.store import connect
 from services.contracts.valkey import EmbeddedValkey
 from services.learner.checkpoint import Checkpoints, Manifest

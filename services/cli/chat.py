@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from services.cli.status import newest_run, resolved_config
 from services.contracts.config import ConfigError, load_resolved
+from services.contracts.runs import newest_run, resolved_config
 
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 CONNECT_S = 5.0

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.contracts.settings import (
+    ConsoleSection,
     DataSection,
     DialogueSection,
     EvaluationSection,
@@ -27,6 +28,7 @@ from services.contracts.settings import (
     RolloutSection,
     RunSection,
     SamplingSection,
+    TelemetrySection,
     WeightsSection,
 )
 
@@ -56,6 +58,8 @@ class RunConfig(BaseSettings):
     weights: WeightsSection = WeightsSection()
     learner: LearnerSection = LearnerSection()
     evaluation: EvaluationSection = EvaluationSection()
+    console: ConsoleSection = ConsoleSection()
+    telemetry: TelemetrySection = TelemetrySection()
 
     @classmethod
     def settings_customise_sources(

@@ -409,3 +409,22 @@ class EvaluationSection(_Section):
     """0: greedy."""
     concurrency: Positive = 64
     """Dialogues at once."""
+
+
+class ConsoleSection(_Section):
+    """[console] the web page that shows the run: `multiattempt serve console`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The page asks nobody who they are, so it is this machine's alone."""
+    port: Port = 8400
+    """0: any free one."""
+
+
+class TelemetrySection(_Section):
+    """[telemetry] traces of tasks; metrics and logs are always there."""
+
+    otlp_endpoint: str = ""
+    """Where OpenTelemetry traces go by OTLP over HTTP, as http://collector:4318; empty: what the environment variable
+    OTEL_EXPORTER_OTLP_ENDPOINT says, else there are none."""
+    trace_share: Fraction = 1.0
+    """Share of the tasks that are traced, the same ones in every service."""

@@ -1,4 +1,5 @@
-"""What the HTTP services do alike: errors as problem+json (RFC 9457), bearer tokens compared, a limit on bodies.
+"""What the HTTP services do alike: errors as problem+json (RFC 9457), bearer tokens compared, a limit on bodies,
+what browsers may do.
 
 Imported by services that have FastAPI; nothing else of `contracts` imports this.
 """
@@ -12,11 +13,13 @@ from typing import Any, Literal, cast
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MEDIA_TYPE = "application/problem+json"
 MAX_FIELD_ERRORS = 20
+LOCKED_DOWN = "default-src 'none'; frame-ancestors 'none'"  # Content-Security-Policy of what is no page
 
 
 class FieldError(BaseModel):
@@ -132,3 +135,24 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+class SecurityHeaders:
+    """Browsers: no sniffing, no referrer, and by path what a page may load; LOCKED_DOWN elsewhere."""
+
+    def __init__(self, app: ASGIApp, *, policies: Mapping[str, str]) -> None:
+        self._app = app
+        self._policies = policies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Add the headers to the response."""
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["Content-Security-Policy"] = self._policies.get(scope["path"], LOCKED_DOWN)
+            await send(message)
+
+        await self._app(scope, receive, with_headers)

@@ -16,8 +16,8 @@ from fastapi_offline import FastAPIOffline
 
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
-from services.contracts.web import BodyLimit
-from services.grader.guards import Bearer, SecurityHeaders
+from services.contracts.web import BodyLimit, SecurityHeaders
+from services.grader.guards import Bearer
 from services.grader.judge import Judge, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
 from services.grader.pool import Pool

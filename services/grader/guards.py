@@ -1,13 +1,8 @@
-"""What stands before every route, as ASGI middleware: the bearer token, security headers."""
+"""What stands before every route, as ASGI middleware: the bearer token."""
 
-from collections.abc import Mapping
-
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.contracts.web import is_bearer, problem
-
-LOCKED_DOWN = "default-src 'none'; frame-ancestors 'none'"  # Content-Security-Policy of what is no page
 
 
 class Bearer:
@@ -31,24 +26,3 @@ class Bearer:
 
     def _is_authorized(self, scope: Scope) -> bool:
         return is_bearer(dict(scope["headers"]).get(b"authorization", b""), self._api_key)
-
-
-class SecurityHeaders:
-    """Browsers: no sniffing, no referrer, and by path what a page may load; LOCKED_DOWN elsewhere."""
-
-    def __init__(self, app: ASGIApp, *, policies: Mapping[str, str]) -> None:
-        self._app = app
-        self._policies = policies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Add the headers to the response."""
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["Content-Security-Policy"] = self._policies.get(scope["path"], LOCKED_DOWN)
-            await send(message)
-
-        await self._app(scope, receive, with_headers)
