@@ -357,12 +357,19 @@ class LearnerSection(_Section):
     """auto: cuda when there is a GPU."""
     threads: NonNegative = 0
     """CPU threads of each rank; 0: all cores."""
+    rank_timeout_s: PositiveFloat = 120.0
+    """A rank that gives no sign of life for this long ends the others; the run goes on from its newest checkpoint."""
     take_timeout_s: PositiveFloat = 1800.0
     """Give up (exit with an error) when a batch does not fill within this time."""
     checkpoint_every: Positive = 8
     """Updates between checkpoints; the last update is always saved."""
     checkpoint_keep: Positive = 2
     """Newest checkpoints kept."""
+    checkpoint_best: str = "reward"
+    """Figure of metrics.jsonl by which the best checkpoint is kept too, as its mean over the updates since the one
+    before; with a minus sign in front the lowest is best. Empty: only the newest."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on, out of a copy in host memory; false: training waits, and needs none."""
     dialogues_kept: NonNegative = 24
     """Dialogues of each update kept under the run's `dialogues/` for the console; 0: none."""
     dialogues_mb: Positive = 256

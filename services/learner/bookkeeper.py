@@ -33,6 +33,7 @@ class Closing:
     books: Books
     entries: list[str]  # trajectories to delete once it is durable
     settled: list[int]  # tasks whose fates the ledger need not keep then
+    num_noted: int  # how many of the tasks noted as trained are in `books`
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,13 @@ class Bookkeeper:
         others = {ref.task_id: SPARE for ref in closed.values()} | snapshot.settled
         known = self._books.among(others) | trained.keys()
         fates = [*self._trained, *((task_id, fate) for task_id, fate in others.items() if task_id not in known)]
-        return Closing(version, self._books.add(fates), list(closed), list(snapshot.settled))
+        books = self._books.add(fates)
+        return Closing(version, books, list(closed), list(snapshot.settled), len(self._trained))
 
     async def acknowledge(self, closing: Closing) -> None:
-        """Its checkpoint is durable: the ledger may forget what it settles."""
+        """Its checkpoint is durable: the ledger may forget what it settles. Updates may have been done meanwhile."""
         self._books = closing.books
-        self._trained.clear()
+        del self._trained[: closing.num_noted]
         await self._ledger.acknowledge(closing.entries, closing.version - 1, closing.settled)
 
     def _settled_among(self, snapshot: Snapshot) -> set[int]:

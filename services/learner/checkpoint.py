@@ -6,16 +6,19 @@ is whole, and what has none is a leftover, which `tidy` removes at the next star
 tokenizer) is the caller's; this module imports no torch.
 """
 
+import difflib
 import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 
 from services.contracts.books import Books
+from services.contracts.config import ConfigError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -60,6 +63,10 @@ class Checkpoints:
             if manifest is not None:
                 return path, manifest
         return None
+
+    def read(self, path: Path) -> Manifest:
+        """The manifest of a checkpoint that `latest` found, on this rank or another."""
+        return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
 
     def temporary(self, version: int) -> Path:
         """Where a checkpoint is written before it gets its name; the same on every rank."""
@@ -168,6 +175,20 @@ class Checkpoints:
     def _failure(self, version: int, error: Exception) -> CheckpointError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return CheckpointError(f"checkpoint {version} in {self.folder} was not written ({reason}); earlier ones intact")
+
+
+def averages(figures: Sequence[Mapping[str, float]], *, wanted: str) -> dict[str, float]:
+    """Mean of each figure over the updates that have it.
+
+    wanted: `learner.checkpoint_best`. Raises ConfigError when there is no figure of that name.
+    """
+    names = {name for update in figures for name in update}
+    means = {name: fmean(update[name] for update in figures if name in update) for name in sorted(names)}
+    if figures and (name := wanted.removeprefix("-")) and name not in means:
+        near = difflib.get_close_matches(name, means, n=1)
+        hint = f"did you mean {near[0]}?" if near else "the names are those of metrics.jsonl"
+        raise ConfigError(f"learner.checkpoint_best: no figure {name!r}; {hint}")
+    return means
 
 
 def _name(version: int) -> str:

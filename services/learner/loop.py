@@ -6,9 +6,11 @@ The arithmetic is `Trainer`'s, the transfer of weights the publisher's, the acco
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +19,8 @@ from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
 from services.learner.batch import defect, whole_groups_first
-from services.learner.bookkeeper import Bookkeeper
-from services.learner.checkpoint import CheckpointError
+from services.learner.bookkeeper import Bookkeeper, Closing
+from services.learner.checkpoint import CheckpointError, averages
 from services.learner.phases import Phases
 from services.learner.sampler import TaskSampler
 
@@ -45,8 +47,8 @@ class TrainerLike(Protocol):
     def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """One update; `version` goes up by one."""
 
-    def save(self, next_task: int, books: Books) -> Path:
-        """A durable checkpoint, or CheckpointError."""
+    def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
+        """Begin a checkpoint; the result is the durable one, or CheckpointError."""
 
 
 class Report(Protocol):
@@ -105,7 +107,10 @@ class Loop:
         self.stop = asyncio.Event()
         self.trouble: str | None = "starting"  # why the learner is not making progress, for /readyz
         self._next_task = 0
-        self._saved_version = trainer.version
+        self._saved_version = trainer.version  # of the newest durable checkpoint
+        self._begun_version = trainer.version  # of the newest, durable or being written
+        self._writing: asyncio.Task[None] | None = None
+        self._since: list[Mapping[str, float]] = []  # figures of the updates since then
         self._held: dict[int, dict[int, Taken]] = {}  # batch -> task_id -> trajectory, in order of arrival
         self._bookkeeper = Bookkeeper(ledger, trainer.books)
         self._dropped = self._stale = 0  # trajectories since the last step: all that were dropped, the too old of them
@@ -133,15 +138,16 @@ class Loop:
             version = self._trainer.version
             if not self.stop.is_set():  # the replicas work while the checkpoint is written
                 await self._issue(version)
+            self._since.append(figures)
             is_due = version % self._settings.checkpoint_every == 0 or version == self._steps
-            if is_due and version > self._saved_version:
+            if (is_due and version > self._begun_version) or self._writing_failed:
                 figures["checkpoint_s"] = await self._save()
             figures["step_s"] = time.monotonic() - started
             figures["dialogues_per_s"] = len(batch) / figures["step_s"]
             self._metrics.write(version, figures)
             log.info("step", extra={"step": version, **figures})
         if self._trainer.version > self._saved_version:
-            await self._save()
+            await self._save(durable=True)
 
     async def _train(self, batch: list[Trajectory]) -> dict[str, float]:
         figures = self._summarise(batch, version=self._trainer.version)
@@ -204,6 +210,8 @@ class Loop:
 
     async def _reconcile(self) -> None:
         """Redis was restarted or emptied: give up what only this process still has, so that it is issued anew."""
+        with contextlib.suppress(CheckpointError):  # what failed is written again below, or when one is due
+            await self._written()
         held = [task_id for batch in self._held.values() for task_id in batch]
         found = await self._bookkeeper.reconcile(self._saved_version, self._next_task, held)
         for there in self._held.values():
@@ -212,7 +220,7 @@ class Loop:
         told = {"lost": found.num_lost, "given_up": len(found.given_up), "unsaved": found.num_unsaved}
         log.warning("Redis was restarted; the ledger is in line with the books again", extra=told)
         if found.num_unsaved:  # what a restarted learner would train on is gone: do not depend on it
-            await self._save()
+            await self._save(durable=True)
 
     async def _admit(self, taken: Taken, version: int) -> None:
         trajectory = taken.trajectory
@@ -235,16 +243,20 @@ class Loop:
         told = {"task_id": trajectory.task_id, "batch": trajectory.batch, "reason": reason, "detail": detail}
         log.info("dropped", extra=told)
 
-    async def _save(self) -> float:
-        """Save and acknowledge; while the disk is full the run waits here. Returns the seconds it took."""
-        started, version = time.monotonic(), self._trainer.version
+    async def _save(self, *, durable: bool = False) -> float:
+        """Begin a checkpoint of the present version, after the one that is being written; durable: wait for it too.
+
+        While the disk is full the run waits here. Returns the seconds that training stood still.
+        """
+        started = time.monotonic()
         self.phases.enter("saving")
         while True:
-            _tell("checkpoint: close the books", version)
-            closed = await self._bookkeeper.close(version)
-            _tell("checkpoint: write", version)
             try:
-                await asyncio.to_thread(self._trainer.save, self._next_task, closed.books)
+                await self._written()
+                if self._trainer.version > self._saved_version:
+                    await self._begin_checkpoint()
+                if durable:
+                    await self._written()
                 break
             except CheckpointError as error:
                 self.trouble = f"paused: {error}"
@@ -254,10 +266,35 @@ class Loop:
                 if self.stop.is_set():
                     return time.monotonic() - started
                 await self._pause(RETRY_SAVE_S)
-        self.trouble, self._saved_version = None, version
-        _tell("checkpoint: acknowledge", version)
-        await self._bookkeeper.acknowledge(closed)
+        self.trouble = None
         return time.monotonic() - started
+
+    async def _begin_checkpoint(self) -> None:
+        version = self._trainer.version
+        _tell("checkpoint: close the books", version)
+        closed = await self._bookkeeper.close(version)
+        _tell("checkpoint: copy", version)
+        figures = averages(self._since, wanted=self._settings.checkpoint_best)
+        writing = await asyncio.to_thread(self._trainer.save, self._next_task, closed.books, figures)
+        self._writing = asyncio.create_task(self._acknowledge(writing, closed))
+        self._begun_version = version
+        self._since = []
+
+    async def _acknowledge(self, writing: Future[Path], closed: Closing) -> None:
+        await asyncio.wrap_future(writing)
+        self._saved_version = closed.version
+        _tell("checkpoint: acknowledge", closed.version)
+        await self._bookkeeper.acknowledge(closed)
+
+    async def _written(self) -> None:
+        """Until no checkpoint is being written. Raises what became of it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    @property
+    def _writing_failed(self) -> bool:
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     async def _pause(self, seconds: float) -> None:
         try:

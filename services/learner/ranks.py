@@ -16,6 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed.rendezvous import rendezvous
+
+from services.learner.liveness import Liveness
 
 
 class Command(IntEnum):
@@ -30,16 +33,25 @@ class Command(IntEnum):
 class Ranks:
     """The process group of the learner. `Ranks.join()` in every process, once."""
 
-    def __init__(self, *, rank: int, local_rank: int, world: int, control: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        local_rank: int,
+        world: int,
+        control: dist.ProcessGroup | None,
+        liveness: Liveness | None = None,
+    ) -> None:
         self.rank, self.local_rank, self.world = rank, local_rank, world
-        self._control = control
+        self._control, self._liveness = control, liveness
 
     @classmethod
-    def join(cls, *, backend: str, timeout_s: float) -> "Ranks":
+    def join(cls, *, backend: str, timeout_s: float, lost_s: float = 600.0) -> "Ranks":
         """Form the group out of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone when they are unset.
 
         backend: "gloo" or "nccl", for the gradients. timeout_s: deadline of every collective, also how long a
-        follower waits for the next command. Raises torch.distributed.DistError when ranks are missing.
+        follower waits for the next command. lost_s: a rank that gives no sign of life for so long ends all. Raises
+        torch.distributed.DistError when ranks are missing.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
@@ -47,12 +59,22 @@ class Ranks:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
         deadline = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=deadline)
-        control = dist.new_group(backend="gloo", timeout=deadline) if world > 1 else None
-        return cls(rank=rank, local_rank=local_rank, world=world, control=control)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=deadline))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=deadline)
+        if world == 1:
+            return cls(rank=rank, local_rank=local_rank, world=world, control=None)
+        control = dist.new_group(backend="gloo", timeout=deadline)
+        liveness = Liveness(store.clone(), rank=rank, world=world, timeout_s=lost_s)
+        liveness.announce()
+        dist.barrier(group=control)
+        liveness.start()
+        return cls(rank=rank, local_rank=local_rank, world=world, control=control, liveness=liveness)
 
     def leave(self) -> None:
-        """Close the group."""
+        """Close the group, all ranks together."""
+        if self._liveness is not None:
+            self._liveness.stop()
+            dist.barrier(group=self._control)
         dist.destroy_process_group()
 
     @property

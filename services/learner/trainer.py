@@ -6,22 +6,31 @@ Redis and publishing are the business of `loop`, which only rank 0 runs.
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from services.contracts.books import Books
 from services.contracts.config import ConfigError, RunConfig, model_path
 from services.contracts.wire import Trajectory, decode_trajectory, encode
+from services.learner.algorithm import CONFIG, kept
 from services.learner.checkpoint import Checkpoints, Manifest
-from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend, export_hf
+from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend
+from services.learner.export import HfExporter
+from services.learner.host_copy import HostCopies
 from services.learner.models import Actor, load_actor, load_critic
 from services.learner.ppo import Ppo, PpoState
 from services.learner.ranks import Command, Ranks
 from services.learner.samples import Insight
+from services.learner.saver import Saver
+from services.learner.universal import convert
 
 PPO_STATE = "ppo.json"  # in a checkpoint
 COLLECTIVE_SLACK_S = 600.0  # on top of waiting for a batch: publishing, a checkpoint on a slow disk
@@ -62,7 +71,13 @@ class Trainer:
         self.version = 0  # policy updates done
         self.next_task = 0  # the issue counter in the checkpoint that this run continues from
         self.books = Books()  # its books
-        self._checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=learner.checkpoint_keep)
+        self._checkpoints = Checkpoints(
+            config.run_dir / "checkpoints",
+            keep=learner.checkpoint_keep,
+            metric=learner.checkpoint_best,
+        )
+        self._saver = Saver(self._checkpoints, ranks, self._engines(), is_async=learner.checkpoint_async)
+        self._exporter = HfExporter(config, self._module, self._model_path)
 
     @classmethod
     def start(cls, config: RunConfig, *, resume: bool) -> "Trainer":
@@ -73,7 +88,11 @@ class Trainer:
         if threads := _threads(config):
             torch.set_num_threads(threads)
         backend = choose_backend(learner)
-        ranks = Ranks.join(backend=backend, timeout_s=learner.take_timeout_s + COLLECTIVE_SLACK_S)
+        ranks = Ranks.join(
+            backend=backend,
+            timeout_s=learner.take_timeout_s + COLLECTIVE_SLACK_S,
+            lost_s=learner.rank_timeout_s,
+        )
         if learner.minibatch_dialogues < ranks.world:
             raise ConfigError(
                 f"learner.minibatch_dialogues: {learner.minibatch_dialogues} is fewer than the {ranks.world} ranks"
@@ -81,6 +100,8 @@ class Trainer:
         if backend == "nccl":
             torch.cuda.set_device(ranks.local_rank)
         trainer = cls(config, ranks)
+        if ranks.leads:
+            trainer._checkpoints.tidy()
         if resume:
             trainer._resume()
         return trainer
@@ -97,20 +118,28 @@ class Trainer:
             self.ranks.share([encode(trajectory) for trajectory in trajectories])
         return self._train(trajectories)
 
-    def save(self, next_task: int, books: Books) -> Path:
-        """Rank 0: write a checkpoint of the present version; durable when this returns.
+    def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
+        """Rank 0: begin a checkpoint of the present version; training may go on when this returns.
 
-        Raises CheckpointError when the disk refuses, after which saving may be tried again. With several ranks only
-        lack of space found beforehand is reported so; a failure half way ends the process, because the others wait.
+        figures: means over the updates since the checkpoint before. The future holds the durable checkpoint.
+        CheckpointError, raised here or by the future: the disk refuses, and saving may be tried again.
         """
         need = sum(engine.checkpoint_bytes for engine in self._engines().values()) + self.source.num_bytes
-        manifest = self._manifest(next_task, books)
-        if self.ranks.world == 1:
-            return self._checkpoints.save(manifest, self._write, need_bytes=need)
-        target = self._checkpoints.begin(self.version, need_bytes=need)
-        self.ranks.command(Command.SAVE, self.version)
-        self._write(target)
-        return self._checkpoints.commit(manifest)
+        score = _score(figures, self._config.learner.checkpoint_best)
+        manifest = msgspec.structs.replace(self._manifest(next_task, books), score=score)
+
+        def add(copies: HostCopies) -> Callable[[Path], None]:
+            state, version = json.dumps(asdict(self._ppo.state)), self.version
+            weights = {name: copies.copy(tensor) for name, tensor in self.source}
+
+            def write(target: Path) -> None:
+                (target / PPO_STATE).write_text(state, encoding="utf-8")
+                (target / CONFIG).write_text(kept(self._config), encoding="utf-8")
+                self._exporter.write(target / "hf", weights, version=version, figures=figures)
+
+            return write
+
+        return self._saver.save(manifest, add, need_bytes=need)
 
     def follow(self) -> None:
         """The other ranks: do what rank 0 says until it says stop. Raises RuntimeError when rank 0 is gone."""
@@ -122,12 +151,13 @@ class Trainer:
             elif command is Command.GATHER:
                 self.source.gather(value)
             elif command is Command.SAVE:
-                self._write_engines(self._checkpoints.temporary(value))
+                self._saver.follow(value)
             else:
                 return
 
     def close(self) -> None:
-        """Let the other ranks go and leave the group."""
+        """Write what is still to be written, let the other ranks go and leave the group."""
+        self._saver.close()
         if self.ranks.leads:
             self.ranks.command(Command.STOP)
         self.ranks.leave()
@@ -141,39 +171,51 @@ class Trainer:
         """Those with an optimiser, by their folder in a checkpoint."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
 
-    def _write(self, target: Path) -> None:
-        self._write_engines(target)
-        (target / PPO_STATE).write_text(json.dumps(asdict(self._ppo.state)), encoding="utf-8")
-        export_hf(self.source, self._module, self._model_path, target / "hf")
-
-    def _write_engines(self, target: Path) -> None:
-        for name, engine in self._engines().items():
-            engine.save(target / name)
-        self.ranks.barrier()
-
     def _resume(self) -> None:
-        found = self._checkpoints.latest()
-        if found is None:
+        found = self._checkpoints.latest() if self.ranks.leads else None
+        name = self.ranks.share([found[0].name.encode()] if found else [])  # another host may see the folder later
+        if not name:
             log.info("no checkpoint yet, starting at version 0")
             return
-        path, manifest = found
-        now = self._manifest(0, Books())
-        for name, setting in (
-            ("world_size", "learner.processes"),
-            ("zero_stage", "learner.zero_stage"),
-            ("dtype", "model.dtype"),
-            ("seed", "run.seed"),
-        ):
-            before, after = getattr(manifest, name), getattr(now, name)
-            if before != after:
-                raise ConfigError(
-                    f"{setting}: {after}, but checkpoint {path} has {before}: set it back, or rename the run"
-                )
-        for name, engine in self._engines().items():
-            engine.load(path / name)
+        path = self._checkpoints.folder / name[0].decode()
+        manifest = self._checkpoints.read(path)
+        if manifest.dtype != self._config.model.dtype:
+            raise ConfigError(
+                f"model.dtype: {self._config.model.dtype}, but checkpoint {path} has {manifest.dtype}: set it back, "
+                "or rename the run"
+            )
+        missing = [name for name in self._engines() if not (path / name).is_dir()]
+        if missing:
+            raise ConfigError(
+                f"learner.advantage: it needs a {missing[0]}, and checkpoint {path} has none: rename the run"
+            )
+        self._load_engines(path, manifest)
         self._ppo.restore(PpoState(**json.loads((path / PPO_STATE).read_text(encoding="utf-8"))))
         self.version, self.next_task, self.books = manifest.version, manifest.next_task, manifest.books
         log.info("resumed", extra={"version": self.version, "checkpoint": str(path)})
+
+    def _load_engines(self, path: Path, manifest: Manifest) -> None:
+        stage = self._config.learner.zero_stage
+        then, now = (manifest.world_size, manifest.zero_stage), (self.ranks.world, stage)
+        if (stage == 0) != (manifest.zero_stage == 0):
+            raise ConfigError(
+                f"learner.zero_stage: {stage}, but checkpoint {path} has {manifest.zero_stage}: from or to 0 there is "
+                "no way; set it back, or rename the run"
+            )
+        if then == now or stage == 0:  # without ZeRO every rank has everything
+            for name, engine in self._engines().items():
+                engine.load(path / name)
+            return
+        converted = self._checkpoints.scratch(f"universal-{path.name}")
+        if self.ranks.leads:
+            log.info("converting the checkpoint for other ranks", extra={"then": then, "now": now})
+            convert(path, list(self._engines()), converted)
+        self.ranks.barrier()
+        for name, engine in self._engines().items():
+            engine.load(converted / name, is_universal=True)
+        self.ranks.barrier()
+        if self.ranks.leads:
+            shutil.rmtree(converted)
 
     def _manifest(self, next_task: int, books: Books) -> Manifest:
         return Manifest(
@@ -184,12 +226,20 @@ class Trainer:
             world_size=self.ranks.world,
             zero_stage=self._config.learner.zero_stage,
             dtype=self._config.model.dtype,
+            metric=self._config.learner.checkpoint_best,
         )
+
+
+def _score(figures: Mapping[str, float], metric: str) -> float | None:
+    """Of a checkpoint, higher is better; None without a figure of that name. `metric`: see `checkpoint_best`."""
+    value = figures.get(metric.removeprefix("-"))
+    return -value if value is not None and metric.startswith("-") else value
 
 
 def _threads(config: RunConfig) -> int:
     """CPU threads of this rank; 0 leaves torch's choice, all cores."""
     learner = config.learner
-    if learner.threads or learner.processes == 1:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", learner.processes))  # torchrun's and DeepSpeed's launchers say it
+    if learner.threads or here == 1:
         return learner.threads
-    return max(1, torch.get_num_threads() // learner.processes)
+    return max(1, len(os.sched_getaffinity(0)) // here)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class MemoryTrainer:
         self.version += 1
         return {"policy_loss": 0.0}
 
-    def save(self, next_task: int, books: Books) -> Path:
+    def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
         if self.full_disk:
             self.full_disk -= 1
             raise CheckpointError(errno.ENOSPC, "disk full")
@@ -69,7 +70,14 @@ class MemoryTrainer:
             self.checkpoints.save(manifest, lambda _: None)
         self.saved.append((self.version, next_task))
         self.books = books
-        return Path()
+        return completed(Path())
+
+
+def completed(path: Path) -> Future[Path]:
+    """What `save` returns when nothing is left to be written."""
+    done: Future[Path] = Future()
+    done.set_result(path)
+    return done
 
 
 class MemoryPublisher:
