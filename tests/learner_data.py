@@ -1,6 +1,9 @@
-"""Random trajectories for the learner's tests."""
+"""Random trajectories for the learner's tests, and log-probabilities as one would compute them first."""
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from services.contracts.wire import Attempt, FinishReason, Timings, Trajectory, Verdict, VersionSpan
 
@@ -36,3 +39,15 @@ def make_trajectory(
         replica_id="rollout-0",
         timings=Timings(generate_s=0.1, grade_s=0.1, total_s=0.2),
     )
+
+
+def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature)[target]. logits [A, V] any float dtype; targets [A] int64. Returns fp32 [A]."""
+    return -functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
+
+
+def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The same, and the entropy of the whole distribution, nats: fp32 [2, A], both with gradient."""
+    every = torch.log_softmax(logits.float() / temperature, dim=-1)
+    chosen = every.gather(-1, targets[:, None]).squeeze(-1)
+    return torch.stack([chosen, -(every.exp() * every).sum(-1)])

@@ -1,14 +1,15 @@
 """From trajectories to arrays: what each rank trains on, in which micro-batches. NumPy only.
 
 Every rank sees the whole batch and computes the same plan, so no rank need ask another. Layout: all action tokens of
-a rank's dialogues lie flat, one dialogue behind the other (feedback and prompt deleted); a micro-batch is a
-right-padded block of input ids with, for each of its action tokens, the position that predicts it and the place in
-the flat arrays. What a loss does with them is in `losses` and `ppo`.
+a rank's dialogues lie flat, one dialogue behind the other (feedback and prompt deleted); a micro-batch is a block of
+input ids with, for each of its action tokens, the position that predicts it and the place in the flat arrays. The
+block is one row in which dialogues of any lengths lie behind one another ("packed"), or a row for each of them,
+right-padded ("padded"). What a loss does with them is in `losses` and `ppo`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +20,18 @@ from services.learner.sampler import group_of
 
 Int64 = NDArray[np.int64]
 RewardAt = Literal["dialogue", "attempt"]
+Layout = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One forward pass. B rows of T tokens, of which A predict an action; A = 0 only keeps ranks in step."""
 
-    input_ids: Int64  # [B, T], right-padded with 0: under causal attention nothing looks at the padding
+    input_ids: Int64  # packed [1, T]; padded [B, T] with 0: under causal attention nothing looks at the padding
     positions: Int64  # [A] in the flattened [B * T]: position t predicts token t + 1
     targets: Int64  # [A] the action tokens themselves
     flat: Int64  # [A] place of each in the rank's flat arrays
+    offsets: NDArray[np.int32] | None = None  # packed [S + 1]: where each dialogue begins in the row, and its end
 
     @property
     def num_actions(self) -> int:
@@ -133,20 +136,43 @@ def buckets(members: Int64, lengths: Int64, micro_tokens: int) -> list[Int64]:
     return found
 
 
-def micro_batch(packed: Packed, members: Int64) -> MicroBatch:
+def bins(members: Int64, lengths: Int64, micro_tokens: int) -> list[Int64]:
+    """Fill micro-batches with dialogues of any lengths up to `micro_tokens`: the longest first, each where it fits.
+
+    A dialogue longer than `micro_tokens` gets a micro-batch of its own.
+    """
+    found: list[list[int]] = []
+    room: list[int] = []
+    for i in members[np.argsort(-lengths[members], kind="stable")].tolist():
+        length = int(lengths[i])
+        place = next((place for place, left in enumerate(room) if left >= length), len(found))
+        if place == len(found):
+            found.append([])
+            room.append(micro_tokens)
+        found[place].append(i)
+        room[place] -= length
+    return [np.array(one, dtype=np.int64) for one in found]
+
+
+def micro_batch(packed: Packed, members: Int64, layout: Layout = "padded") -> MicroBatch:
     """The block of these dialogues (indices into `packed`)."""
-    width = max(len(packed.inputs[i]) for i in members)
-    input_ids = np.zeros((len(members), width), dtype=np.int64)
-    positions, flat = [], []
-    for row, i in enumerate(members):
-        input_ids[row, : len(packed.inputs[i])] = packed.inputs[i]
-        positions.append(packed.predicts[i] + row * width)
-        flat.append(np.arange(packed.offsets[i], packed.offsets[i + 1]))
+    lengths = [len(packed.inputs[i]) for i in members]
+    offsets = None
+    if layout == "packed":
+        input_ids = np.concatenate([packed.inputs[i] for i in members])[None]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        starts = offsets[:-1].astype(np.int64)
+    else:
+        input_ids = np.zeros((len(members), max(lengths)), dtype=np.int64)
+        for row, i in zip(input_ids, members, strict=True):
+            row[: len(packed.inputs[i])] = packed.inputs[i]
+        starts = np.arange(len(members)) * max(lengths)
     return MicroBatch(
         input_ids=input_ids,
-        positions=np.concatenate(positions),
+        positions=np.concatenate([packed.predicts[i] + start for i, start in zip(members, starts, strict=True)]),
         targets=np.concatenate([packed.targets[i] for i in members]),
-        flat=np.concatenate(flat),
+        flat=np.concatenate([np.arange(packed.offsets[i], packed.offsets[i + 1]) for i in members]),
+        offsets=offsets,
     )
 
 
@@ -174,7 +200,16 @@ class Plan:
     owned: Int64  # [D] which they are, as indices into the batch
     counts: Int64  # action tokens of every dialogue in the batch
     shares: list[Share]  # per minibatch
-    inference: list[MicroBatch]  # all its dialogues, in larger blocks
+    inference: list[MicroBatch]  # its dialogues that are not known, in larger blocks
+    known: NDArray[np.bool_]  # [dialogues of the batch] what the models were asked about before
+
+
+class Blocks(NamedTuple):
+    """How dialogues are cut into micro-batches."""
+
+    layout: Layout
+    micro_tokens: int  # of those that are trained on
+    inference_tokens: int  # of those that are only asked about
 
 
 def plan(
@@ -183,13 +218,14 @@ def plan(
     parts: Sequence[Int64],
     rank: int,
     world: int,
-    micro_tokens: int,
-    inference_tokens: int,
+    blocks: Blocks,
     reward_at: RewardAt = "dialogue",
+    known: NDArray[np.bool_] | None = None,
 ) -> Plan:
     """Rank `rank`'s part of an update. parts: the minibatches, as indices into `trajectories`.
 
-    A pure function of its arguments; all ranks get the same number of micro-batches in each minibatch.
+    known: of which trajectories the models were asked before; None: of none. A pure function of its arguments; all
+    ranks get the same number of micro-batches in each minibatch.
     """
     counts = np.array([int(t.action_mask.sum()) for t in trajectories], dtype=np.int64)
     lengths = np.array([int(np.flatnonzero(t.action_mask)[-1]) for t in trajectories], dtype=np.int64)
@@ -197,15 +233,19 @@ def plan(
     owned = np.concatenate([ranks[rank] for ranks in by_part])
     packed = pack([trajectories[i] for i in owned], reward_at=reward_at)
     local = {int(i): place for place, i in enumerate(owned)}
+    cut = bins if blocks.layout == "packed" else buckets
 
     def build(cuts: list[list[Int64]]) -> list[MicroBatch]:
-        mine = [micro_batch(packed, np.array([local[int(i)] for i in cut])) for cut in cuts[rank]]
+        mine = [
+            micro_batch(packed, np.array([local[int(i)] for i in members]), blocks.layout) for members in cuts[rank]
+        ]
         return mine + [empty_micro_batch()] * (max(map(len, cuts)) - len(mine))
 
     shares = []
     for part, ranks in zip(parts, by_part, strict=True):
-        cuts = [buckets(members, lengths, micro_tokens) for members in ranks]
+        cuts = [cut(members, lengths, blocks.micro_tokens) for members in ranks]
         shares.append(Share(part, build(cuts), int(counts[part].sum()), sum(map(len, cuts))))
+    known = np.zeros(len(trajectories), dtype=np.bool_) if known is None else known
     everyone = [np.concatenate([ranks[r] for ranks in by_part]) for r in range(world)]
-    inference = build([buckets(members, lengths, inference_tokens) for members in everyone])
-    return Plan(packed, owned, counts, shares, inference)
+    inference = build([cut(members[~known[members]], lengths, blocks.inference_tokens) for members in everyone])
+    return Plan(packed, owned, counts, shares, inference, known)

@@ -1,11 +1,13 @@
 """Before the first step of an update: what the weights at its start say of the batch, and the advantages.
 
-Without gradient: log-probabilities under the policy and the reference, values. Out of them which dialogues are
-trained on at all, what each action earned, and how much better that was than expected (`advantage`).
+Without gradient: log-probabilities under the policy and the reference, values. They can be asked for while the batch
+is still coming in (`ask`). Out of them which dialogues are trained on at all, what each action earned, and how much
+better that was than expected (`advantage`).
 """
 
 import itertools
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.contracts.settings import LearnerSection
+from services.contracts.wire import Trajectory
 from services.learner.advantage import Moments, gae, group_advantages, moments, returns_to_go, whiten
 from services.learner.batch import MicroBatch, Plan
 from services.learner.kl import kl
@@ -31,7 +34,7 @@ class FrozenModel(Protocol):
 
     device: torch.device
 
-    def __call__(self, *inputs: Tensor | bool) -> Tensor:
+    def __call__(self, *inputs: Tensor | bool, **where: Tensor) -> Tensor:
         """Forward pass; every rank does it equally often."""
 
 
@@ -44,7 +47,7 @@ class Answers(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What is known before the first step: fp32 CPU tensors [A], flat like `batch.Packed`."""
+    """What is known before the first step: fp32 tensors [A], flat like `batch.Packed`."""
 
     old: Tensor | None
     behaviour: Tensor
@@ -52,6 +55,11 @@ class Start(NamedTuple):
     values: Tensor | None  # None without a critic, like the returns
     advantages: Tensor
     returns: Tensor | None
+
+    def to(self, device: torch.device) -> "Start":
+        """The same on the device where the losses are computed."""
+        there: Any = (None if tensor is None else tensor.to(device) for tensor in self)
+        return Start(*there)
 
 
 class FirstPass:
@@ -71,13 +79,48 @@ class FirstPass:
         self._config, self._ranks = config, ranks
         self._kl_in_reward = reference is not None and config.kl_in == "reward"
         self._needs_old = not one_step or config.mismatch_limit > 0 or self._kl_in_reward
+        self._known: dict[tuple[int, int], NDArray[np.float32]] = {}  # by `_identity`: [3, actions], like `Answers`
+        self._known_version = -1
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to ask the models before an update."""
+        return self._needs_old or self._critic is not None or self._reference is not None
+
+    def is_known(self, trajectories: Sequence[Trajectory], *, version: int) -> NDArray[np.bool_]:
+        """Which of them the models of `version` were asked about already."""
+        if version != self._known_version:
+            return np.zeros(len(trajectories), dtype=np.bool_)
+        return np.array([_identity(trajectory) in self._known for trajectory in trajectories], dtype=np.bool_)
+
+    @torch.no_grad()
+    def ask(self, trajectories: Sequence[Trajectory], work: Plan, *, version: int) -> None:
+        """Ask the models of `version` in advance; all ranks together. work: a plan of these trajectories."""
+        if version != self._known_version:
+            self._known, self._known_version = {}, version
+        ends = np.cumsum(work.counts)
+        found = np.zeros((3, int(ends[-1])))
+        places = np.concatenate([np.zeros(0), *(np.arange(ends[i] - work.counts[i], ends[i]) for i in work.owned)])
+        for row, answer in zip(found, self._ask(work), strict=True):
+            if answer is not None:
+                row[places.astype(np.int64)] = answer.numpy()
+        whole = self._ranks.sum(found).astype(np.float32)
+        for trajectory, end, count in zip(trajectories, ends, work.counts, strict=True):
+            self._known[_identity(trajectory)] = whole[:, end - count : end]
 
     @torch.no_grad()
     def __call__(
-        self, work: Plan, task_ids: NDArray[np.int64], *, kl_coef: float
+        self, work: Plan, trajectories: Sequence[Trajectory], *, kl_coef: float
     ) -> tuple[Start, Plan, dict[str, float]]:
-        """What the steps need, the plan without hopeless dialogues, metrics. task_ids: of the whole batch, in order."""
+        """What the steps need, the plan without hopeless dialogues, metrics. trajectories: the whole batch."""
+        task_ids = np.array([trajectory.task_id for trajectory in trajectories], dtype=np.int64)
         answers = self._ask(work)
+        for i, start, end in zip(work.owned, work.packed.offsets, work.packed.offsets[1:], strict=False):
+            if (known := self._known.get(_identity(trajectories[i]))) is not None and work.known[i]:
+                for answer, row in zip(answers, known, strict=True):
+                    if answer is not None:
+                        answer[start:end] = torch.from_numpy(row)
+        self._known = {}
         behaviour = torch.from_numpy(work.packed.behaviour)
         kept, metrics = self._judge(work, answers.old)
         work = without(work, kept, self._ranks)
@@ -105,20 +148,23 @@ class FirstPass:
         return start, work, metrics
 
     def _ask(self, work: Plan) -> Answers:
-        empty = torch.zeros(len(work.packed.behaviour))
-        old = empty.clone() if self._needs_old else None
-        values = empty.clone() if self._critic is not None else None
-        reference = empty.clone() if self._reference is not None else None
+        """Zeros for dialogues that are in no block of `work.inference`."""
+        asked = (self._actor if self._needs_old else None, self._critic, self._reference)
+        flat = torch.from_numpy(np.concatenate([[], *(micro.flat for micro in work.inference)]).astype(np.int64))
+        said: list[list[Tensor]] = [[], [], []]
         for micro in work.inference:
             ids, positions, targets = inputs(micro, self._actor.device)
-            flat = torch.from_numpy(micro.flat)
-            if old is not None:
-                old[flat] = self._actor(ids, positions, targets).cpu()
-            if self._critic is not None and values is not None:
-                values[flat] = self._critic(ids, positions).cpu()
-            if self._reference is not None and reference is not None:
-                reference[flat] = self._reference(ids, positions, targets).cpu()
-        return Answers(old, values, reference)
+            for model, parts in zip(asked, said, strict=True):
+                if model is not None:
+                    tokens = (ids, positions) if model is self._critic else (ids, positions, targets)
+                    parts.append(model(*tokens, **where(micro)))
+        answers: list[Tensor | None] = []
+        for model, parts in zip(asked, said, strict=True):
+            answer = torch.zeros(len(work.packed.behaviour)) if model is not None else None
+            if answer is not None and parts:
+                answer[flat] = torch.cat(parts).cpu()  # one wait for the device, not one a block
+            answers.append(answer)
+        return Answers(*answers)
 
     def _judge(self, work: Plan, old: Tensor | None) -> tuple[NDArray[np.bool_], dict[str, float]]:
         """Which dialogues of the whole batch are kept."""
@@ -170,3 +216,13 @@ def inputs(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Ten
     arrays = (micro.input_ids, micro.positions, micro.targets)
     ids, positions, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
     return ids, positions, targets
+
+
+def where(micro: MicroBatch) -> dict[str, Tensor]:
+    """Where the dialogues of a packed row lie, as the models want to be told."""
+    return {} if micro.offsets is None else {"offsets": torch.from_numpy(micro.offsets)}
+
+
+def _identity(trajectory: Trajectory) -> tuple[int, int]:
+    """Tells a dialogue from another of the same task, which ran again after Redis lost the first."""
+    return trajectory.task_id, hash(trajectory.token_ids.tobytes())

@@ -1,62 +1,13 @@
-"""The losses as token sums, and log-probabilities out of hidden states. Pure torch, everything in fp32.
+"""The losses as token sums. Pure torch, everything in fp32.
 
 Sums, not means: the caller multiplies each by the share its mean needs, so that a minibatch cut in any way into
 micro-batches and ranks has the same loss and the same gradients. A = number of action tokens.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-
-MAX_LOGITS = 1 << 27  # elements of one block of logits: 0.5 GiB in fp32
-
-
-def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature)[target]. logits [A, V] any float dtype; targets [A] int64. Returns fp32 [A]."""
-    return -functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
-
-
-def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The same, and the entropy of the whole distribution, nats: fp32 [2, A], both with gradient."""
-    every = torch.log_softmax(logits.float() / temperature, dim=-1)
-    chosen = every.gather(-1, targets[:, None]).squeeze(-1)
-    return torch.stack([chosen, -(every.exp() * every).sum(-1)])
-
-
-def logprobs_from_hidden(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    temperature: float,
-    *,
-    max_logits: int = MAX_LOGITS,
-    vocab_size: int,
-    with_entropy: bool = False,
-) -> Tensor:
-    """The same out of hidden states [A, H], without ever holding more than `max_logits` logits.
-
-    head: hidden [n, H] -> logits [n, V]. In training the logits of each block are computed again for the backward
-    pass when there is more than one block. Returns fp32 [A], or [2, A] with the entropies.
-    """
-    block = max(1, max_logits // vocab_size)
-    out_of_logits = logprobs_and_entropy if with_entropy else logprobs_from_logits
-    if len(targets) <= block:
-        return out_of_logits(head(hidden), targets, temperature)
-
-    def one(part: Tensor, part_targets: Tensor) -> Tensor:
-        return out_of_logits(head(part), part_targets, temperature)
-
-    parts = []
-    for part, part_targets in zip(torch.split(hidden, block), torch.split(targets, block), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(one, part, part_targets, use_reentrant=False))
-        else:
-            parts.append(one(part, part_targets))
-    return torch.cat(parts, dim=-1)
 
 
 class PolicyLoss(NamedTuple):

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_data import make_trajectory
+from learner_data import logprobs_from_logits, make_trajectory
 
 from services.contracts.wire import Trajectory
-from services.learner.batch import Plan, buckets, defect, minibatches, pack, plan, shard, whole_groups_first
-from services.learner.losses import logprobs_from_logits
+from services.learner.batch import Blocks, Plan, buckets, defect, minibatches, pack, plan, shard, whole_groups_first
 
 
 def make_batch(count: int) -> list[Trajectory]:
@@ -23,7 +22,7 @@ def make_plans(
 ) -> list[Plan]:
     parts = minibatches(len(trajectories), num_minibatches, np.random.default_rng(0))
     return [
-        plan(trajectories, parts=parts, rank=r, world=world, micro_tokens=micro_tokens, inference_tokens=64)
+        plan(trajectories, parts=parts, rank=r, world=world, blocks=Blocks("padded", micro_tokens, 64))
         for r in range(world)
     ]
 

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 
 from services.learner.losses import (
     importance_weights,
-    logprobs_and_entropy,
-    logprobs_from_hidden,
-    logprobs_from_logits,
     policy_loss_sum,
     value_loss_sum,
 )
+from services.learner.token_head import TokenHead
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -131,37 +129,9 @@ def test_token_means_equal_numpy_on_random_masks(seed: int, low: float, high: fl
     assert float(value) == pytest.approx(slow_value_loss(mask, wide[:3], low), abs=1e-6)
 
 
-def test_logprobs_are_those_of_the_tempered_softmax() -> None:
-    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([0, 3, 6, 2])
-    every = torch.log_softmax(logits.double() / 0.7, dim=-1)
-    expected = every[torch.arange(4), targets]
-    torch.testing.assert_close(logprobs_from_logits(logits, targets, 0.7).double(), expected, rtol=1e-5, atol=1e-6)
-    both = logprobs_and_entropy(logits, targets, 0.7).double()
-    torch.testing.assert_close(both[0], expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(both[1], torch.distributions.Categorical(logits=every).entropy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("max_logits", [7, 21, 10_000])
-def test_blocks_of_logits_change_neither_values_nor_gradients(max_logits: int, with_entropy: bool) -> None:
-    random = torch.Generator().manual_seed(1)
-    head = torch.nn.Linear(5, 7)
-    hidden = torch.randn(10, 5, generator=random).requires_grad_()
-    targets = torch.randint(0, 7, (10,), generator=random)
-    whole = (logprobs_and_entropy if with_entropy else logprobs_from_logits)(head(hidden), targets, 1.0)
-    expected = torch.autograd.grad(whole.square().sum(), [hidden, head.weight])
-    blocks = logprobs_from_hidden(
-        hidden, head, targets, 1.0, max_logits=max_logits, vocab_size=7, with_entropy=with_entropy
-    )
-    torch.testing.assert_close(blocks, whole)
-    torch.testing.assert_close(torch.autograd.grad(blocks.square().sum(), [hidden, head.weight]), expected)
-
-
 def test_no_action_is_no_loss_and_a_zero_gradient() -> None:
-    head = torch.nn.Linear(5, 7)
-    nothing = torch.zeros(0)
-    logprobs = logprobs_from_hidden(torch.zeros(0, 5), head, torch.zeros(0, dtype=torch.int64), 1.0, vocab_size=7)
+    head, nothing = TokenHead(5, 7), torch.zeros(0)
+    logprobs = head(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     loss = policy_loss_sum(logprobs, nothing, nothing, nothing, clip_low=0.2, clip_high=0.2).loss
     loss.backward()
     assert loss.item() == 0.0 and head.weight.grad is not None and not head.weight.grad.any()
