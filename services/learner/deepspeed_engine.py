@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from services.contracts.settings import LearnerSection
-from services.learner.models import Actor
+from services.learner.host_copy import HostCopies
 from services.learner.ranks import Command, Ranks
 
 GATHER_BYTES = 64 << 20  # weights gathered at once under ZeRO-3
 MAX_BUCKET = 200_000_000  # elements of one gradient reduction
+TAG = "engine"  # DeepSpeed's name of the folder in an engine's folder of a checkpoint
 
 _M = TypeVar("_M")
 
@@ -111,13 +112,22 @@ class Engine:
             averaged = self.engine.optimizer.averaged_gradients
             averaged.update(dict.fromkeys(averaged))
 
-    def save(self, folder: Path) -> None:
-        """Write parameters and optimiser state below `folder`; all ranks together."""
-        self.engine.save_checkpoint(str(folder), tag="engine")
+    def save(self, folder: Path, copies: HostCopies) -> None:
+        """Copy parameters and optimiser state, as files below `folder` that are yet to be written; all ranks."""
+        writer, self.engine.checkpoint_engine = self.engine.checkpoint_engine, copies
+        try:
+            self.engine.save_checkpoint(str(folder), tag=TAG)
+        finally:
+            self.engine.checkpoint_engine = writer
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage; all ranks together."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+    def load(self, folder: Path, *, is_universal: bool = False) -> None:
+        """Restore what `save` left in files; all ranks together.
+
+        As many ranks, with the same ZeRO stage, as wrote them; is_universal: any, out of what `universal.convert` made.
+        """
+        self.engine._config.load_universal_checkpoint = is_universal
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"{folder}: no DeepSpeed checkpoint there")
 
@@ -172,20 +182,6 @@ class WeightSource:
         group = self._groups[number]
         with _import_deepspeed().zero.GatheredParameters([p for _, p in group], modifier_rank=None):
             return [(name, p.detach().clone()) for name, p in group] if self._ranks.leads else []
-
-
-def export_hf(source: WeightSource, actor: Actor, tokenizer_path: Path, folder: Path) -> None:
-    """Rank 0: write a folder that transformers and vLLM can load: safetensors, configuration, tokenizer."""
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in source}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    actor.model.config.save_pretrained(folder)
-    if actor.model.can_generate():
-        actor.model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
 
 
 def choose_backend(config: LearnerSection) -> str:
