@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     status = commands.add_parser("status", help="look at a run")
     status.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
+    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    status.add_argument("--redis", default="", metavar="URL", help="a run's Redis, where its folder is not here")
+    status.add_argument("--name", default="", help="with --redis: the run's name")
     audit = commands.add_parser("audit", help="is every task of a run accounted for? Exit code 1 if not")
     audit.add_argument("run", type=Path, nargs="?", help="the run's folder; the newest under runs/ by default")
     audit.add_argument("--json", action="store_true", help="print JSON, with every offending task")
@@ -189,7 +192,11 @@ def _look(arguments: argparse.Namespace) -> int:
     if arguments.command == "status":
         from services.cli.status import show_status
 
-        return asyncio.run(show_status(arguments.run))
+        watched = show_status(arguments.run, redis_url=arguments.redis, name=arguments.name, is_watch=arguments.watch)
+        try:
+            return asyncio.run(watched)
+        except KeyboardInterrupt:  # how one stops watching
+            return 0
     from services.cli.audit import run_audit
 
     return asyncio.run(run_audit(arguments.run, is_json=arguments.json))
