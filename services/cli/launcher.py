@@ -25,7 +25,9 @@ from services.contracts.ports import free_port
 EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
 
-async def launch(config: RunConfig, *, resume: bool, command: str, programs: Programs = PROGRAMS) -> int:
+async def launch(
+    config: RunConfig, *, resume: bool, command: str, accept_changes: bool = False, programs: Programs = PROGRAMS
+) -> int:
     """Run the experiment. Returns the exit code; `command` is what a user types to go on with it.
 
     Raises ConfigError, with everything stopped, when a service finds its configuration wrong.
@@ -36,7 +38,9 @@ async def launch(config: RunConfig, *, resume: bool, command: str, programs: Pro
         supervisor = Supervisor(config.run_dir / "logs", progress, milestone=lambda: _newest_checkpoint(config.run_dir))
         store = EmbeddedStore(config.run_dir / "valkey", supervisor, progress)
         running = asyncio.create_task(
-            _experiment(config, supervisor, store, progress, resume=resume, programs=programs)
+            _experiment(
+                config, supervisor, store, progress, resume=resume, accept_changes=accept_changes, programs=programs
+            )
         )
         received = _stop_on_signals(running, supervisor, progress)
         try:
@@ -95,6 +99,7 @@ async def _experiment(
     progress: Progress,
     *,
     resume: bool,
+    accept_changes: bool,
     programs: Programs,
 ) -> None:
     url = config.redis.url
@@ -102,7 +107,7 @@ async def _experiment(
         progress.doing("starting an embedded Valkey")
         url = await store.start()
     resolved, ports = resolve(config, redis_url=url)
-    plan = Plan(resolved, write_resolved(resolved), programs)
+    plan = Plan(resolved, write_resolved(resolved), programs, accept_changes=accept_changes)
 
     async def once(name: str, *arguments: str) -> None:
         one_shot = plan.one_shot(name, *arguments)

@@ -9,6 +9,8 @@ from services.contracts.config import ConfigError, RunConfig
 from services.contracts.ledger import run_prefix
 from services.contracts.problems import load_problems
 from services.contracts.store import connect
+from services.learner.algorithm import check_unchanged
+from services.learner.checkpoint import Checkpoints
 from services.rollout.environment import load_environment
 
 MIN_MEMORY_GB = 3.0  # engine, learner and grader of the smallest model, measured
@@ -20,9 +22,11 @@ LEARNER_COPIES = 6
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check(config: RunConfig, *, resume: bool) -> None:
+def check(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> None:
     """Raise ConfigError for the first thing that would make the run fail."""
     _check_run_folder(config, resume=resume)
+    if resume and not accept_changes and (newest := Checkpoints(config.run_dir / "checkpoints", keep=1).latest()):
+        check_unchanged(newest[0], config)
     check_inputs(config)
     check_memory(config, available_gb=available_memory_gb())
     _check_ports(config)

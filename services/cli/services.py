@@ -42,10 +42,16 @@ class Service:
 
 
 class Plan:
-    """The services of one run. config: resolved; path: its file; programs: what starts each kind of process."""
+    """The services of one run. config: resolved; path: its file; programs: what starts each kind of process.
 
-    def __init__(self, config: RunConfig, path: Path, programs: Programs = PROGRAMS) -> None:
+    accept_changes: the learner may go on from a checkpoint of another algorithm.
+    """
+
+    def __init__(
+        self, config: RunConfig, path: Path, programs: Programs = PROGRAMS, *, accept_changes: bool = False
+    ) -> None:
         self._config, self._path, self._programs = config, path, programs
+        self._accept_changes = accept_changes
 
     def one_shot(self, program: str, *arguments: str) -> Service:
         """A process that runs to its end."""
@@ -88,11 +94,12 @@ class Plan:
     def learners(self, *, master_port: int, resume: bool) -> list[Service]:
         """The learner's ranks; more than one meet at `master_port`."""
         size = self._config.learner.processes
+        flags = (*(("--resume",) if resume else ()), *(("--accept-changes",) if self._accept_changes else ()))
         meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port)}
         return [
             Service(
                 "learner" if size == 1 else f"learner-{rank}",
-                self._command("learner", *(("--resume",) if resume else ())),
+                self._command("learner", *flags),
                 environment(self._config, assigned={"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting}),
             )
             for rank in range(size)

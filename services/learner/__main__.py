@@ -19,6 +19,7 @@ from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
 from services.contracts.telemetry import configure_logging
+from services.learner.algorithm import FLAG, changed_since, check_unchanged
 from services.learner.checkpoint import Checkpoints
 from services.learner.host import run_ranks
 
@@ -34,11 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.learner", description="PPO with DeepSpeed.")
     parser.add_argument("--config", type=Path, required=True, help="resolved configuration of a run (config.json)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument(FLAG, action="store_true", help="continue although settings of the algorithm have changed")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher; LOCAL_RANK says it
     arguments = parser.parse_args(argv)
     try:
         config = load_resolved(arguments.config)
-        _check(config, resume=arguments.resume)
+        newest = _check(config, resume=arguments.resume, accept_changes=arguments.accept_changes)
         configure_logging("learner", run=config.run.name)
+        if newest is not None and (changed := changed_since(newest, config)):
+            log.warning("the algorithm is another from here on", extra={"checkpoint": str(newest), "changed": changed})
         _set_environment(config)
         if "RANK" not in os.environ and (config.learner.processes > 1 or os.environ.get("NNODES", "1") != "1"):
             return run_ranks(config.learner.processes, sys.argv[1:] if argv is None else argv)
@@ -46,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _follow(config, resume=arguments.resume)
         return asyncio.run(_lead(config, resume=arguments.resume))
     except ConfigError as error:
-        print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line a user sees
+        print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the line a user sees
         return EXIT_CONFIG
 
 
-def _check(config: RunConfig, *, resume: bool) -> None:
-    """What can be found wrong before torch is loaded."""
+def _check(config: RunConfig, *, resume: bool, accept_changes: bool) -> Path | None:
+    """What can be found wrong before torch is loaded. Returns the checkpoint to continue from."""
     folder = model_path(config)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {folder}: no config.json there; not a Hugging Face model folder")
@@ -60,6 +65,9 @@ def _check(config: RunConfig, *, resume: bool) -> None:
         raise ConfigError(f"run.name: {config.run_dir} has checkpoints ({found[0].name}): pass --resume, or change it")
     if not config.redis.url:
         raise ConfigError("redis.url: empty; the launcher fills it in, or name a server: redis://host:6379/0")
+    if found is not None and not accept_changes:
+        check_unchanged(found[0], config)
+    return found[0] if found else None
 
 
 def _set_environment(config: RunConfig) -> None:

@@ -63,13 +63,18 @@ def changes(before: Mapping[str, Mapping[str, Any]], config: RunConfig) -> dict[
     return found
 
 
-def check_unchanged(checkpoint: Path, config: RunConfig) -> None:
-    """Raise ConfigError, a line for each setting of the algorithm that is another than in `checkpoint`."""
+def changed_since(checkpoint: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """`changes` against the configuration in a checkpoint; none where that is of a release that did not keep it."""
     try:
         before = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # of a release that did not keep it
-        return
-    found = changes(before, config)
+    except FileNotFoundError:
+        return {}
+    return changes(before, config)
+
+
+def check_unchanged(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ConfigError, a line for each setting of the algorithm that is another than in `checkpoint`."""
+    found = changed_since(checkpoint, config)
     if not found:
         return
     lines = [

@@ -32,6 +32,7 @@ ALSO = {
         "services.grader.client",
         "services.grader.app",
         "services.rollout.environment",
+        "services.learner.algorithm",
         "services.learner.checkpoint",
     ),
 }
