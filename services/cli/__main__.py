@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run an experiment on this machine", allow_abbrev=False)
     train.add_argument("config", type=Path, help="TOML file; any setting can follow as --section.key value")
     train.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    train.add_argument(
+        "--accept-changes", action="store_true", help="with --resume: although settings of the algorithm have changed"
+    )
     serve = commands.add_parser("serve", help="run one service", allow_abbrev=False, add_help=False)
     serve.add_argument("service", choices=SERVICES, help="arguments after it go to the service")
     prepare = commands.add_parser(
@@ -165,22 +168,22 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _begin(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.command == "train":
-        return _train(arguments.config, rest, resume=arguments.resume)
+        return _train(arguments.config, rest, resume=arguments.resume, accept_changes=arguments.accept_changes)
     from services.cli.prepare import run_prepare
 
     return run_prepare(arguments.config, rest)
 
 
-def _train(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
+def _train(path: Path, overrides: Sequence[str], *, resume: bool, accept_changes: bool) -> int:
     from services.cli.launcher import launch
     from services.cli.preflight import check
     from services.contracts.config import load
 
     config = load(path, overrides)
-    check(config, resume=resume)
+    check(config, resume=resume, accept_changes=accept_changes)
     command = shlex.join(["multiattempt", "train", str(path), *overrides])
     command = re.sub(r"(://[^/@\s]*:)[^@\s]*@", r"\1***@", command)  # it is shown: no password in it
-    return asyncio.run(launch(config, resume=resume, command=command))
+    return asyncio.run(launch(config, resume=resume, accept_changes=accept_changes, command=command))
 
 
 def _serve(service: str, rest: Sequence[str]) -> int:
