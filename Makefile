@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness bench-e2e clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,5 +66,15 @@ bench-exactness: setup-dev ## sampled log-probabilities against plain transforme
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger
 
-clean: ## remove the virtual environment and the caches (runs/ stays)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
+bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO trainer (MODEL=demo or tinyqwen)
+	$(BIN)/python -m benchmarks.e2e --model $(or $(MODEL),all)
+
+# TRL wants other versions of what we pin: it never meets them.
+.venv-trl/.ready: requirements/torch.txt requirements/trl.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet --quiet --no-deps -r requirements/trl.txt
+	touch $@
+
+clean: ## remove the virtual environments and the caches (runs/ stays)
+	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,212 @@
+"""Trajectories/s of the whole system, against TRL's GRPO trainer on the same machine: `make bench-e2e`.
+
+Both train the same model from the same start in fp32, on the same prompts, with the same sampling, the same token
+budget and end of an attempt, GRPO with groups of 8 and no reference model, one optimiser step on every `minibatch`
+trajectories, each trajectory used once. Ours is `multiattempt train`: launcher, Valkey, grader over HTTP, vLLM,
+DeepSpeed, weights published after every batch. TRL 1.16 runs in `.venv-trl` (`benchmarks/trl_grpo.py`), generating with
+transformers, as it does without a GPU, and compares answers by a regular expression in its own process.
+
+- `single`: one attempt each; the shipped settings, in which one core generates while the other learns.
+- `single, synchronous`: the same on-policy, as TRL is: nothing is generated while the learner works.
+- `multi`: up to five attempts; ours alone, for TRL has no such thing.
+
+They take turns, ROUNDS times; medians are compared. The last lines printed are one JSON object per claim.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from benchmarks.rollout import make_tinyqwen
+from services.contracts.config import RunConfig, load
+from services.contracts.problems import load_problems
+from services.contracts.template import prompt_ids
+from services.learner.prepare import prepare
+from tests.processes import ROOT
+
+GROUP = 8
+NUM_PROBLEMS = 4096
+TIMEOUT_S = 900.0
+WARM_UP = 3  # batches not counted: engines and allocators settle
+PARTS = ("wait", "prepare", "update", "publish")  # of a batch's time, as metrics.jsonl has them
+AT_END = 2  # nor these: nothing is generated beside them any more, and a checkpoint is written
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to train. end: the token at which TRL ends an attempt; empty: the tokenizer's own."""
+
+    flags: tuple[str, ...]
+    end: str
+    batches: int
+
+
+MODELS = {
+    "demo": Model((), end="}", batches=20),  # 0.8 M parameters, answers of about 9 tokens
+    "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens
+        (
+            "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=64",
+            "--dialogue.tokens_per_dialogue=320", "--model.max_model_len=640", "--learner.batch_dialogues=128",
+            "--learner.minibatch_dialogues=32",
+        ),
+        end="",
+        batches=12,
+    ),
+}  # fmt: skip
+CASES = {
+    "single": ("--dialogue.max_attempts=1", "--learner.max_staleness=1"),
+    "single, synchronous": (
+        "--dialogue.max_attempts=1", "--learner.max_staleness=0", "--learner.threads=0", "--rollout.threads=0",
+    ),
+    "multi": ("--dialogue.max_attempts=5", "--learner.max_staleness=1"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one run, after its warm-up."""
+
+    trajectories_per_s: float
+    tokens: float  # sampled in one trajectory
+    parts: dict[str, float]  # where a batch's seconds went
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, "trl"], default=[*CASES, "trl"])
+    parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl" / "bin" / "python")
+    arguments = parser.parse_args()
+    found: dict[tuple[str, str], list[Speed]] = {}
+    for name in MODELS if arguments.model == "all" else [arguments.model]:
+        with tempfile.TemporaryDirectory(prefix="bench-e2e-") as temporary:
+            folder = Path(temporary)
+            start = starting_model(name, folder)
+            for number in range(arguments.rounds):
+                for case in arguments.cases:
+                    place = folder / f"{number}-{case.replace(', ', '-')}"
+                    speed = (
+                        trl(name, start, place, arguments.trl_python)
+                        if case == "trl"
+                        else ours(name, start, place, case)
+                    )
+                    found.setdefault((name, case), []).append(speed)
+                    parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in speed.parts.items())
+                    print(
+                        f"{name}, {case}: {speed.trajectories_per_s:.1f} trajectories/s of {speed.tokens:.1f} tokens; "
+                        f"a batch: {parts}",
+                        flush=True,
+                    )
+    report(found)
+
+
+def configured(name: str, start: Path | None, folder: Path, *flags: str) -> RunConfig:
+    """The demo's settings, changed to what is compared."""
+    model = [f"--model.path={start}", "--model.source=pretrained", "--model.warmup_steps=0"] if start else []
+    common = (f"--run.dir={folder}", "--run.name=e2e", "--evaluation.enabled=false", "--learner.advantage=grpo")
+    same = (f"--learner.samples_per_problem={GROUP}", "--learner.kl_coef=0", "--learner.checkpoint_every=10000")
+    devices = ("--rollout.device=cpu", "--learner.device=cpu", f"--run.steps={MODELS[name].batches}")
+    return load(ROOT / "configs/demo.toml", [*MODELS[name].flags, *model, *common, *same, *devices, *flags], env={})
+
+
+def starting_model(name: str, folder: Path) -> Path:
+    """Folder of the model that all start from."""
+    return make_tinyqwen(folder / "model") if name == "tinyqwen" else prepare(configured(name, None, folder))
+
+
+def ours(name: str, start: Path, folder: Path, case: str) -> Speed:
+    """A run of the whole system."""
+    config = configured(name, start, folder, *CASES[case])
+    flags = [f"--{section}.{key}={_text(value)}" for section, key, value in _changed(config)]
+    command = [sys.executable, "-m", "services.cli", "train", str(ROOT / "configs/demo.toml"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the run failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    counted = lines[WARM_UP:-AT_END]
+    seconds = [line["step_s"] for line in counted]
+    parts = {
+        part: statistics.fmean(line[f"{part}_s"] for line in counted)
+        for part in ("wait", "prepare", "update", "publish")
+    }
+    tokens = statistics.fmean(line["response_tokens"] for line in counted)
+    return Speed(config.learner.batch_dialogues * len(counted) / sum(seconds), tokens, parts)
+
+
+def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
+    """A run of TRL's trainer."""
+    folder.mkdir()
+    config = configured(name, start, folder, *CASES["single"])
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    problems = [
+        {
+            "prompt": tokenizer.decode(prompt_ids(tokenizer, config.dialogue, problem.question, max_attempts=1)),
+            "gold": problem.gold[0],
+        }
+        for problem in load_problems(config).train[:NUM_PROBLEMS]
+    ]
+    settings = {
+        "model": str(start), "folder": str(folder / "trl"), "problems": problems, "end": MODELS[name].end,
+        "threads": os.cpu_count(), "batch": config.learner.batch_dialogues, "group": GROUP, "lr": config.learner.lr,
+        "minibatch": config.learner.minibatch_dialogues, "max_tokens": config.dialogue.tokens_per_attempt,
+        "batches": MODELS[name].batches - AT_END, "seed": config.run.seed,
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    command = [str(python), str(ROOT / "benchmarks/trl_grpo.py"), str(folder / "settings.json")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"TRL failed: {done.stderr[-3000:]}")
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][WARM_UP:]
+    seconds, generating = ([line[part] for line in lines] for part in ("seconds", "generate_s"))
+    parts = {"generate": statistics.fmean(generating), "rest": statistics.fmean(seconds) - statistics.fmean(generating)}
+    tokens = statistics.fmean(line["tokens"] for line in lines)
+    return Speed(config.learner.batch_dialogues * len(lines) / sum(seconds), tokens, parts)
+
+
+def report(found: dict[tuple[str, str], list[Speed]]) -> None:
+    """A line of JSON for each case of ours."""
+    speed = {key: statistics.median(one.trajectories_per_s for one in runs) for key, runs in found.items()}
+    for (name, case), rate in speed.items():
+        if case == "trl":
+            continue
+        reference = speed.get((name, "trl")) if case != "multi" else None
+        claim = {
+            "benchmark": "e2e",
+            "case": f"{name}, {case}",
+            "ours": round(rate, 2),
+            "reference": reference and round(reference, 2),
+            "ratio": reference and round(rate / reference, 2),
+            "unit": "trajectories/s",
+        }
+        print(json.dumps(claim))
+
+
+def _changed(config: RunConfig) -> Sequence[tuple[str, str, object]]:
+    """Every setting that is not the default, as (section, name, JSON value)."""
+    plain = load(ROOT / "configs/demo.toml", [], env={}).model_dump(mode="json")
+    return [
+        (section, key, value)
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+        if plain[section][key] != value
+    ]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    main()
