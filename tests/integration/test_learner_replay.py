@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from learner_data import make_trajectory
 from redis.asyncio import Redis
-from test_learner_process import finish, make_run, start
+from test_learner_process import make_run, start
 
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger
 from services.contracts.registry import Registry
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LAST = 6  # updates; the newest checkpoint before it is that of update 4
 BATCH = 8
 FIGURES = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "kl_behaviour", "reward", "entropy", "lr")
-WAIT_S = 100.0
+WAIT_S = 200.0
 
 
 @contextlib.asynccontextmanager
@@ -75,6 +75,15 @@ async def until(condition: Callable[[], object], learner: "subprocess.Popen[str]
         await asyncio.sleep(0.002)
 
 
+async def finish(learner: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and standard error."""
+    try:
+        _, err = await asyncio.to_thread(learner.communicate, timeout=WAIT_S)
+    finally:
+        learner.kill()
+    return learner.returncode, err
+
+
 async def test_a_killed_learner_repeats_the_same_updates_to_the_bit(
     tmp_path: Path, redis: Redis, redis_url: str
 ) -> None:
@@ -92,7 +101,7 @@ async def test_a_killed_learner_repeats_the_same_updates_to_the_bit(
         os.kill(learner.pid, signal.SIGKILL)
         await finish(learner)
         assert [path.name for path in (config.run_dir / "checkpoints").glob("v*")] == ["v00000004"]
-        code, _, err = await finish(start(config, "--resume"))
+        code, err = await finish(start(config, "--resume"))
         assert code == 0, err
 
     assert trained(config) == undisturbed[1] == {str(k + 1): f"{k * BATCH}-{k * BATCH + 7}" for k in range(LAST)}
