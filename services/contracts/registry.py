@@ -20,14 +20,33 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     url: str  # base URL of its HTTP service, control routes included
     world_size: int  # processes of its engine that take part in a weight transfer
     version: int  # weights it generates with
-    device: str  # "cpu", or "cuda:" and the GPU's UUID
+    device: str  # "cpu", or "cuda:" and the UUIDs of its GPUs, with commas between
     state: Literal["starting", "ready", "draining"]
     pid: int
     started_at: float  # Unix time, seconds; tells a restarted replica from its predecessor
+    fingerprint: str = ""  # of the weights it generates with; empty: those that it started with
+
+
+class WeightsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A version that was published as a file."""
+
+    version: int
+    fingerprint: str
+    num_bytes: int  # of the tensors
+    where: str  # its path, or its http:// URL at the learner
+
+
+class Published(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The learner's weights."""
+
+    version: int
+    fingerprint: str  # empty: the learner has only begun to publish its first version
+    file: WeightsFile | None = None  # the newest there is
 
 
 _encoder = msgspec.json.Encoder()  # JSON: small, rare, and readable in redis-cli
 _decoder = msgspec.json.Decoder(Replica)
+_published = msgspec.json.Decoder(Published)
 
 
 class Registry:
@@ -40,7 +59,7 @@ class Registry:
         self._redis = redis
         self._prefix = f"{run_prefix(run)}replica:"
         self._members = f"{run_prefix(run)}replicas"
-        self._version = f"{run_prefix(run)}version"
+        self._weights = f"{run_prefix(run)}weights"
 
     async def announce(self, replica: Replica, ttl_s: float) -> None:
         """Say that the replica is alive for the next `ttl_s` seconds; replaces what it said before."""
@@ -62,13 +81,22 @@ class Registry:
             await self._redis.srem(self._members, *expired)  # one that is back by now adds itself at its next heartbeat
         return [_decode(value) for value in values if value is not None]
 
-    async def set_version(self, version: int) -> None:
-        """Publish the learner's current weight version."""
-        await self._redis.set(self._version, version)
+    async def publish(self, published: Published) -> None:
+        """Tell which weights are the learner's."""
+        await self._redis.set(self._weights, _encoder.encode(published))
+
+    async def published(self) -> Published | None:
+        """The learner's weights; None before a learner came. Raises WireError."""
+        value = cast(bytes | None, await self._redis.get(self._weights))
+        try:
+            return None if value is None else _published.decode(value)
+        except msgspec.MsgspecError as error:
+            raise WireError(f"not weights of this version: {error}") from error
 
     async def version(self) -> int:
         """The learner's current weight version; 0 before it published any."""
-        return int(await self._redis.get(self._version) or 0)
+        published = await self.published()
+        return 0 if published is None else published.version
 
     def _key(self, replica_id: str) -> str:
         return f"{self._prefix}{replica_id}"

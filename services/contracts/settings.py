@@ -263,18 +263,42 @@ class RolloutSection(_Section):
 
 
 class WeightsSection(_Section):
-    """[weights] learner to rollout."""
+    """[weights] learner to rollout (docs/weights.md)."""
 
     transport: Literal["auto", "gloo", "nccl"] = "auto"
-    """auto: nccl between GPUs, gloo otherwise."""
+    """auto: nccl where every end has a GPU of its own, gloo otherwise."""
+    staging: Literal["device", "host", "direct"] = "device"
+    """Where a version waits for the swap, with nccl. device: in GPU memory, one more copy of the weights at each end.
+    host: in host memory. direct: nowhere, vLLM loads while it receives; generation stands still meanwhile, and a
+    replica whose update fails restarts (`transport` must be nccl)."""
     bucket_mb: Positive = 16
-    """Bytes packed into one broadcast."""
-    timeout_s: PositiveFloat = 30.0
-    """Deadline of each blocking step."""
+    """MiB of packed tensors in one broadcast."""
+    timeout_s: PositiveFloat = 10.0
+    """Deadline of each blocking step, beside the time that its bytes may take."""
+    min_mb_per_s: PositiveFloat = 50.0
+    """A transfer slower than so many MB/s has failed: the time that a step's bytes may take."""
+    drain_s: PositiveFloat = 60.0
+    """How long running requests may take to end, in `update_mode` wait."""
     host: str = "127.0.0.1"
-    """Address at which replicas reach the learner's sender."""
+    """Address at which replicas reach the learner."""
     update_mode: Literal["keep", "wait", "abort"] = "keep"
     """In-flight requests at the swap: continue on new weights, finish first, or end."""
+    newcomers: Literal["sync", "storage", "http"] = "sync"
+    """Where a replica that starts has its weights from. sync: the learner's next transfer, which may wait for an
+    update to end. storage: at once, the newest file under `folder`. http: the same file from the learner itself."""
+    folder: Path = Path("")
+    """Where versions are published as safetensors files, for `newcomers` storage (on disks that all share) and http.
+    Empty: `weights` in the run's own folder."""
+    publish_every: Positive = 1
+    """Versions from one published file to the next."""
+    http_port: Port = 0
+    """The learner's, for `newcomers` http; 0: any free one."""
+
+    @model_validator(mode="after")
+    def _direct_is_nccl(self) -> "WeightsSection":
+        if self.staging == "direct" and self.transport != "nccl":
+            raise ValueError('staging "direct" is vLLM\'s own NCCL engine: set transport = "nccl" too')
+        return self
 
 
 class LearnerSection(_Section):

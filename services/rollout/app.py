@@ -36,6 +36,7 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
 }
 TRANSFER_FAILURES: dict[int | str, dict[str, Any]] = {
     409: {"model": Problem, "description": "Another membership generation, or a version that is not staged here"},
+    424: {"model": Problem, "description": "The group broke; this replica saw no fault of its own"},
     500: {"model": Problem, "description": "The swap failed half-way: the replica ends"},
     502: {"model": Problem, "description": "A step failed or took too long; the weights in use stay"},
 }
@@ -52,7 +53,7 @@ def create_app(replica: ReplicaProcess, *, patience_s: float = PATIENCE_S) -> Fa
     add_problems(app, failed="the replica")
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     add_health(app, ready=lambda: replica.refusal)
-    weights = WeightControl(replica.engine)
+    weights = replica.weights
     app.include_router(dialogue_routes(replica, patience_s=patience_s))
     app.include_router(_weights(replica, weights))
     token, host = replica.config.rollout.control_token, replica.config.rollout.host
@@ -95,14 +96,14 @@ def _control(replica: ReplicaProcess) -> APIRouter:
 
     @router.post("/pause", dependencies=running)
     async def pause() -> PauseResponse:
-        """Stop generating; requests wait."""
-        await _in_time(replica.engine.async_llm.pause_generation(mode="keep", clear_cache=False))
+        """Stop generating; requests wait. Weights that are swapped in meanwhile change nothing about it."""
+        await _in_time(replica.weights.pause())
         return PauseResponse(paused=True)
 
     @router.post("/resume", dependencies=running)
     async def resume() -> PauseResponse:
         """Go on generating."""
-        await _in_time(replica.engine.async_llm.resume_generation())
+        await _in_time(replica.weights.resume())
         return PauseResponse(paused=False)
 
     @router.post("/drain", dependencies=running)
@@ -147,7 +148,8 @@ def _loaded(replica: ReplicaProcess) -> Callable[[], None]:
 async def _in_time(call: Awaitable[_T]) -> _T:
     """Await a call of the engine's. 503 when it does not answer, or is dead."""
     try:
-        return await asyncio.wait_for(call, ENGINE_TIMEOUT_S)
+        async with asyncio.timeout(ENGINE_TIMEOUT_S):
+            return await call
     except TimeoutError as error:
         raise HTTPException(503, f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s") from error
     except EngineDead as error:

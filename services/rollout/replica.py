@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -17,9 +18,11 @@ from services.contracts.registry import Registry, Replica
 from services.contracts.store import connect
 from services.grader.client import GraderClient
 from services.rollout.admission import Admission
+from services.rollout.newcomer import Newcomer
 from services.rollout.runner import DialogueRunner, EngineDead
 from services.rollout.vitals import VitalSigns
 from services.rollout.vllm_engine import VllmEngine
+from services.rollout.weight_control import WeightControl
 from services.rollout.worker import Worker
 
 MISSED_HEARTBEATS = 3  # after so many a replica is taken for dead
@@ -42,6 +45,7 @@ class ReplicaProcess:
         self.done = asyncio.Event()
         self._replica_id, self._url = replica_id, url
         self._started_at = time.time()
+        self._may_claim: Callable[[], bool] = lambda: True
 
     async def run(self) -> None:
         """Live until drained. Raises what the replica cannot survive; a supervisor restarts it."""
@@ -60,13 +64,17 @@ class ReplicaProcess:
                 ),
                 grader,
             )
+            newcomer = Newcomer(self.config, registry, self.weights)
+            await newcomer.load_file()
+            self._may_claim = lambda: newcomer.may_claim
             await self._announce(registry)
+            await newcomer.look()
             self.trouble = None
             phases = {name: round(seconds, 1) for name, seconds in self.engine.phases.items()}
             log.info(
                 "replica ready", extra={"seconds": round(time.monotonic() - started, 1), **phases, "url": self._url}
             )
-            beating = asyncio.create_task(self._beat(registry))
+            beating = asyncio.create_task(self._beat(registry, newcomer))
             working = asyncio.create_task(self._work())
             try:
                 async with self._reporter(redis):
@@ -85,6 +93,11 @@ class ReplicaProcess:
                 await grader.close()
             await redis.aclose()
             self.engine.stop()
+
+    @functools.cached_property
+    def weights(self) -> WeightControl:
+        """The engine's weights, and what is done to them."""
+        return WeightControl(self.engine)
 
     @property
     def refusal(self) -> str | None:
@@ -136,6 +149,8 @@ class ReplicaProcess:
         )
 
     def _free_places(self, in_flight: int, num_completed: int) -> int:
+        if not self._may_claim():
+            return 0
         stats = self.engine.stats
         free = self.admission.free(
             self.runner.num_sampled,
@@ -147,7 +162,7 @@ class ReplicaProcess:
         )
         return min(free, self.config.rollout.max_in_flight - in_flight)
 
-    async def _beat(self, registry: Registry) -> None:
+    async def _beat(self, registry: Registry, newcomer: Newcomer) -> None:
         """Announce this replica as long as its engine answers; one that hangs falls silent, and is given up in the end.
 
         Raises EngineDead.
@@ -166,6 +181,7 @@ class ReplicaProcess:
             if self.trouble is None:
                 answered = time.monotonic()
                 await self._announce(registry)
+                await newcomer.look()
             await asyncio.sleep(self.config.rollout.heartbeat_s)
 
     async def _announce(self, registry: Registry) -> None:
@@ -174,6 +190,7 @@ class ReplicaProcess:
             url=self._url,
             world_size=self.config.rollout.tensor_parallel_size,
             version=self.engine.version,
+            fingerprint=self.weights.fingerprint,
             device=self.engine.device,
             state="draining" if self.worker.is_draining else "ready",
             pid=os.getpid(),

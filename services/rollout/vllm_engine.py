@@ -91,12 +91,13 @@ class VllmEngine:
 
     @property
     def device(self) -> str:
-        """`cpu`, or `cuda:` and the GPU's UUID."""
+        """`cpu`, or `cuda:` and the UUIDs of its GPUs with commas between."""
         import torch
 
         if not self._on_gpu():
             return "cpu"
-        return f"cuda:{torch.cuda.get_device_properties(0).uuid}"
+        count = self._config.rollout.tensor_parallel_size
+        return "cuda:" + ",".join(str(torch.cuda.get_device_properties(i).uuid) for i in range(count))
 
     @property
     def capacity_tokens(self) -> int:
@@ -137,7 +138,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-        from services.rollout.weights import BACKEND
+        from services.rollout.weights import DIRECT, STAGED
 
         settings, on_gpu = self._config.rollout, self._on_gpu()
         where: dict[str, Any] = (
@@ -158,7 +159,9 @@ class VllmEngine:
             generation_config="vllm",  # the model's own generation settings would alter sampling
             logprobs_mode="processed_logprobs",
             distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else None,
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            weight_transfer_config=WeightTransferConfig(
+                backend=DIRECT if self._config.weights.staging == "direct" else STAGED
+            ),
             worker_extension_cls="services.rollout.weights.WorkerExtension",
             seed=self._config.run.seed,
             disable_log_stats=True,

@@ -1,14 +1,13 @@
-"""Our staged weight-transfer engine inside vLLM's worker: receive everything first, touch the model last.
+"""Our weight-transfer engines inside vLLM's worker: receive everything first, touch the model last; or vLLM's own.
 
 Registered in vLLM's framework through the `vllm.general_plugins` entry point (`register`). The worker-side calls
-that vLLM's own interface lacks (how far is the reception, forget it) are in `WorkerExtension`. Who calls what, when,
-and with which deadline is `weight_control`'s business.
+that vLLM's own interface lacks (how far is the reception, forget it, a file instead of a sender) are in
+`WorkerExtension`. Who calls what, when, and with which deadline is `weight_control`'s business.
 """
 
-import hashlib
-import threading
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from services.contracts.weights.communicator import Communicator, TransferError, digest, join_group
-from services.contracts.weights.plan import Plan
+from services.contracts.weights.fingerprint import fingerprint, share
+from services.contracts.weights.plan import Plan, TensorSpec, make_plan
 from services.contracts.weights.protocol import Join, Prepare
+from services.contracts.weights.receiver import Receiver
 
-BACKEND = "multiattempt"
-DIGEST_CHARS = 16
+STAGED = "multiattempt"
+DIRECT = "multiattempt-direct"
 
 
 def register() -> None:
@@ -35,8 +36,9 @@ def register() -> None:
     torch.cpu._init_amx()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, __name__, "StagedWeightTransferEngine")
+    for backend, engine in ((STAGED, "StagedWeightTransferEngine"), (DIRECT, "DirectWeightTransferEngine")):
+        if backend not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend, __name__, engine)
 
 
 @dataclass
@@ -53,73 +55,8 @@ class PrepareInfo(WeightTransferUpdateInfo):
     prepare: dict[str, Any]
 
 
-class StagingBuffer:
-    """Receives one version of the weights; nothing of the model is touched. Kept between versions: no page faults."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.digest = ""  # of what was received last, from the buckets' digests
-        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def receive(self, communicator: Communicator, plan: Plan) -> list[tuple[str, torch.Tensor]]:
-        """All tensors of `plan`, as views into the buffer. Raises TransferError, digest mismatch included."""
-        if self._arena.numel() < plan.num_bytes:
-            self._arena = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self.device)
-        found = []
-        for start, end in plan.buckets():
-            bucket = self._arena[start:end]
-            communicator.broadcast(bucket)
-            found.append(digest(bucket))
-        sent = torch.empty(len(found), dtype=torch.int64, device=self.device)
-        communicator.broadcast(sent)
-        if sent.tolist() != found:
-            raise TransferError("digest mismatch: the bytes received are not the bytes sent")
-        self.digest = hashlib.sha256(repr(found).encode()).hexdigest()[:DIGEST_CHARS]
-        return [
-            (spec.name, self._arena[offset : offset + spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape))
-            for spec, offset in zip(plan.specs, plan.offsets, strict=True)
-        ]
-
-
-class Reception:
-    """One PREPARE under way, on a thread of its own. Abandoned by dropping it: the thread ends at its next deadline."""
-
-    def __init__(self, communicator: Communicator, staging: StagingBuffer, plan: Plan) -> None:
-        self.staged: list[tuple[str, torch.Tensor]] | None = None
-        self.error: BaseException | None = None
-        self.seconds = 0.0
-        self.digest = ""
-        self._thread = threading.Thread(
-            target=self._run, args=(communicator, staging, plan), name="weights", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether bytes are still awaited."""
-        return self._thread.is_alive()
-
-    def wait(self) -> list[tuple[str, torch.Tensor]]:
-        """The received tensors, once they are all there. Raises what the reception raised."""
-        self._thread.join()  # bounded: each broadcast in it has a deadline
-        if self.error is not None:
-            raise self.error
-        assert self.staged is not None
-        return self.staged
-
-    def _run(self, communicator: Communicator, staging: StagingBuffer, plan: Plan) -> None:
-        started = time.monotonic()
-        try:
-            self.staged = staging.receive(communicator, plan)
-            self.digest = staging.digest
-        except Exception as error:  # noqa: BLE001 - handed to whoever asks: status, wait
-            self.error = error
-            communicator.close()  # at once: a member that sees an error wakes the others by leaving
-        self.seconds = time.monotonic() - started
-
-
 class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
-    """PREPARE receives on a thread while generation goes on; only `finish_weight_update` changes the model."""
+    """Joins and receives on threads while generation goes on; only `finish_weight_update` changes the model."""
 
     init_info_cls = JoinInfo
     update_info_cls = PrepareInfo
@@ -127,96 +64,132 @@ class StagedWeightTransferEngine(WeightTransferEngine[JoinInfo, PrepareInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._communicator: Communicator | None = None
-        self._staging = StagingBuffer(device)  # device memory under NCCL: one more copy of the weights
-        self._reception: Reception | None = None
-        self._load_s = 0.0
+        parallel = self.parallel_config
+        self._receiver = Receiver(device, rank=parallel.data_parallel_index * parallel.world_size + parallel.rank)
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
-        """Enter the group; an earlier one is left first. Raises TransferError."""
-        self.shutdown()
-        join = Join(**init_info.join)
-        worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        staging_device = torch.device("cpu") if join.transport == "gloo" else self.device
-        if self._staging.device != staging_device:
-            self._staging = StagingBuffer(staging_device)
-        self._communicator = join_group(join.model_copy(update={"rank": join.rank + worker}), device=self.device)
+        """Begin to enter the group; an earlier one is left first. `status` tells when it has formed."""
+        self._receiver.join(Join(**init_info.join))
 
     def start_weight_update(self) -> None:
         """Nothing yet: the model stays whole until the end."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Start receiving; `status` tells when it is done. Raises TransferError outside a group."""
+        """Begin to receive; `status` tells when it is done. Raises TransferError outside a group."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: PrepareInfo) -> None:
         """See update_weights."""
-        if self._communicator is None:
-            raise TransferError("not in a group")
-        self._reception = Reception(self._communicator, self._staging, Prepare(**update_info.prepare).plan())
+        self._receiver.prepare(Prepare(**update_info.prepare))
+
+    def stage_file(self, path: str) -> None:
+        """Begin to read a published version instead of receiving it."""
+        self._receiver.read_file(Path(path))
 
     def drain_pending(self) -> None:
         """Wait for the reception to end. Raises what it raised."""
-        if self._reception is not None:
-            self._reception.wait()
+        self._receiver.wait()
 
     def finish_weight_update(self) -> None:
         """Load the staged weights into the model. Raises TransferError when none are staged."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        load(self.model, self.model_config, self._receiver.take(), on_cpu=self.device.type == "cpu")
 
-        if self._reception is None:
-            raise TransferError("nothing was received: there is no version to swap in")
-        staged = self._reception.wait()
-        started = time.monotonic()
-        self._reception = None
-        initialize_layerwise_reload(self.model)
-        model: Any = self.model  # vLLM's models have load_weights
-        model.load_weights(staged)
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied_heads()
-        self._load_s = time.monotonic() - started
+    finish_file = finish_weight_update
 
     def status(self) -> dict[str, Any]:
-        """How far a reception is: `state` is idle, receiving, staged or failed."""
-        reception = self._reception
-        if reception is None:
-            return {"state": "idle", "error": "", "load_s": self._load_s}
-        state = "receiving" if reception.is_running else "staged" if reception.error is None else "failed"
-        return {
-            "state": state,
-            "error": str(reception.error or ""),
-            "receive_s": reception.seconds,
-            "digest": reception.digest,
-        }
+        """See Receiver."""
+        return self._receiver.status()
 
     def shutdown(self) -> None:
         """Leave the group and forget what was received, without waiting for it."""
-        if self._communicator is not None:
-            self._communicator.close()
-            self._communicator = None
-        if self._reception is not None and self._reception.is_running:
-            self._staging = StagingBuffer(self._staging.device)  # the abandoned thread may still write into the old one
-        self._reception = None
+        self._receiver.leave()
 
-    def _repack_tied_heads(self) -> None:
-        """A tied LM head on the CPU owns a packed copy of the embedding which no checkpoint tensor reloads (vLLM 0.32).
 
-        Without this the logits come from the old head, silently.
-        """
-        if self.device.type != "cpu":
-            return
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+class DirectWeightTransferEngine(NCCLWeightTransferEngine):
+    """vLLM's `nccl` engine: it loads while it receives, so nothing is staged, and a failed update spoils the model.
 
-        modules: list[Any] = list(self.model.modules())
-        for module in modules:
-            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-                module.quant_method.process_weights_after_loading(module)
+    Added to it: the fingerprint of what was loaded, and versions out of files.
+    """
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._fingerprint = ""
+        self._files = Receiver(device, rank=0)
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """See vLLM's; all it does with the model is to call its `load_weights`."""
+        specs = map(TensorSpec, update_info.names, update_info.dtype_names, map(tuple, update_info.shapes))
+        model = self.model
+        reader = _Reader(model, make_plan(list(specs), bucket_bytes=1))
+        self.model, self._fingerprint = reader, ""  # type: ignore[assignment]
+        try:
+            super().receive_weights(update_info)
+        finally:
+            self.model = model
+        self._fingerprint = fingerprint([int(part) for part in reader.shares])
+
+    def stage_file(self, path: str) -> None:
+        """Begin to read a published version into host memory."""
+        self._files.read_file(Path(path))
+
+    def finish_file(self) -> None:
+        """Load it. Raises what the reading raised."""
+        load(self.model, self.model_config, self._files.take(), on_cpu=False)
+
+    def status(self) -> dict[str, Any]:
+        """See Receiver: how far the reading of a file is; otherwise the fingerprint of the last update."""
+        status = self._files.status()
+        return status | {"fingerprint": self._fingerprint} if status["state"] == "idle" else status
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        super().shutdown()
+        self._files.leave()
+
+
+class _Reader:
+    """Stands where the model stands while weights come in: takes their fingerprint, then passes them on."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self._model = model
+        self._offsets = {spec.name: offset for spec, offset in zip(plan.specs, plan.offsets, strict=True)}
+        self.shares: list[torch.Tensor] = []
+
+    def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> Any:
+        """See the model's."""
+        for name, tensor in weights:
+            self.shares.append(share(tensor.contiguous().view(-1).view(torch.uint8), self._offsets[name]))
+        return self._model.load_weights(weights)
+
+
+def load(model: Any, model_config: Any, tensors: Sequence[tuple[str, torch.Tensor]], *, on_cpu: bool) -> None:
+    """Put a whole version into the model, layer by layer."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(tensors)
+    finalize_layerwise_reload(model, model_config)
+    if on_cpu:
+        _repack_tied_heads(model)
+
+
+def _repack_tied_heads(model: Any) -> None:
+    """A tied LM head on the CPU owns a packed copy of the embedding which no checkpoint tensor reloads (vLLM 0.32).
+
+    Without this the logits come from the old head, silently.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in list(model.modules()):
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`): what its weight-transfer interface lacks."""
 
-    weight_transfer_engine: StagedWeightTransferEngine
+    weight_transfer_engine: StagedWeightTransferEngine | DirectWeightTransferEngine
+    vllm_config: Any
     _weight_update_active: bool
 
     def weights_status(self) -> dict[str, Any]:
@@ -228,3 +201,14 @@ class WorkerExtension:
         self.weight_transfer_engine.shutdown()
         self._weight_update_active = False
         self.weight_transfer_engine.reset_weight_update_target()
+
+    def weights_stage_file(self, path: str) -> None:
+        """Begin to read a version that the learner published as a file."""
+        self.weight_transfer_engine.stage_file(path)
+
+    def weights_finish_file(self) -> None:
+        """Load it into the model."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.finish_file()

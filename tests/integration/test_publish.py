@@ -61,8 +61,8 @@ class ListRegistry:
     async def replicas(self):
         return self.listed
 
-    async def set_version(self, version):
-        self.published = version
+    async def publish(self, published):
+        self.published = published
 
 
 class StubProcess:
@@ -105,14 +105,22 @@ class StubProcess:
 class Saboteur:
     """A communicator that does something to the n-th broadcast."""
 
+    device = torch.device("cpu")
+
     def __init__(self, inner, at, action):
         self.inner, self.at, self.action, self.count = inner, at, action, 0
 
-    def broadcast(self, tensor):
+    def start(self, tensor):
         if self.count == self.at:
             tensor = self.action(tensor)
         self.count += 1
-        self.inner.broadcast(tensor)
+        return self.inner.start(tensor)
+
+    def stream(self):
+        return self.inner.stream()
+
+    def read(self, tensor):
+        return self.inner.read(tensor)
 
     def close(self):
         self.inner.close()
@@ -151,7 +159,7 @@ def sabotage(publisher, at, action):
 async def test_publishing_to_nobody_is_no_error(publisher):
     report = await publisher.publish(1)
     assert (report.updated, report.dropped) == ([], {})
-    assert publisher._registry.published == 1
+    assert publisher._registry.published.version == 1
 
 
 async def test_versions_reach_whoever_lives(publisher, stubs, monkeypatch):
@@ -198,7 +206,7 @@ async def test_versions_reach_whoever_lives(publisher, stubs, monkeypatch):
 
     sabotage(publisher, 2, hang)
     report = await asyncio.wait_for(publisher.publish(4), 40)
-    assert set(report.updated) == {"replica-0", "replica-2"} and set(report.dropped) == {"replica-1"}
+    assert (set(report.updated), set(report.dropped)) == ({"replica-0", "replica-2"}, {"replica-1"}), report
     assert holds(first, 4) and holds(third, 4)
     second.signal(signal.SIGCONT)
     await asyncio.sleep(TIMEOUT_S + 0.5)
@@ -215,5 +223,5 @@ async def test_versions_reach_whoever_lives(publisher, stubs, monkeypatch):
 
     sabotage(publisher, 2, kill)
     report = await asyncio.wait_for(publisher.publish(5), 40)
-    assert set(report.updated) == {"replica-0", "replica-2"} and set(report.dropped) == {"replica-1"}
+    assert (set(report.updated), set(report.dropped)) == ({"replica-0", "replica-2"}, {"replica-1"}), report
     assert holds(first, 5) and holds(third, 5)

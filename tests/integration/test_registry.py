@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from services.contracts.registry import Registry, Replica
+from services.contracts.registry import Published, Registry, Replica
 from services.contracts.wire import WireError
 
 pytestmark = pytest.mark.integration
@@ -61,14 +61,14 @@ async def test_a_withdrawn_replica_is_gone_at_once(registry: Registry) -> None:
 
 async def test_runs_do_not_see_each_other(registry: Registry, redis: Redis) -> None:
     await registry.announce(REPLICA, ttl_s=5)
-    await registry.set_version(2)
+    await registry.publish(Published(version=2, fingerprint=""))
     other = Registry(redis, run="other")
     assert (await other.replicas(), await other.version()) == ([], 0)
 
 
 async def test_the_version_starts_at_0_and_is_what_the_learner_set(registry: Registry) -> None:
     assert await registry.version() == 0
-    await registry.set_version(7)
+    await registry.publish(Published(version=7, fingerprint="a"))
     assert await registry.version() == 7
 
 

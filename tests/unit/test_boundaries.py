@@ -15,11 +15,10 @@ HEAVY = {
         "rollout/vllm_engine.py",
         "rollout/weights.py",
         "rollout/weight_control.py",
-        "contracts/weights/communicator.py",
-        "learner/publish.py",
+        "contracts/weights/nccl.py",
     ),
     "deepspeed": ("learner/deepspeed_engine.py",),
-    "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/communicator.py"),
+    "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/"),
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
 # Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
@@ -40,6 +39,8 @@ LIGHT = [
     "services.grader.app",
     "services.grader.client",
     "services.grader.__main__",
+    "services.contracts.weights.plan",
+    "services.contracts.weights.protocol",
     "services.rollout.__main__",
     "services.learner.__main__",
     "services.evaluation.__main__",
@@ -100,7 +101,7 @@ def _dotted(path: Path) -> str:
 @pytest.mark.parametrize(
     "modules",
     [
-        [_dotted(path) for path in MODULES if "contracts" in path.parts and path.name != "communicator.py"],
+        [_dotted(path) for path in MODULES if "contracts" in path.parts and path.parent.name != "weights"],
         *([name] for name in LIGHT if (ROOT / (name.replace(".", "/") + ".py")).exists()),
     ],
     ids=lambda modules: modules[0],

@@ -53,6 +53,7 @@ def test_a_replica_makes_the_same_plan_from_the_message(tensors, bucket_bytes):
         dtypes=[s.dtype for s in tensors],
         shapes=[list(s.shape) for s in tensors],
         bucket_bytes=bucket_bytes,
+        deadline_s=1.0,
     )
     assert Prepare.model_validate_json(message.model_dump_json()).plan() == plan
 
