@@ -66,7 +66,6 @@ bench-exactness: setup-dev ## sampled log-probabilities against plain transforme
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger
 
-<<<<<<< HEAD
 bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO trainer (MODEL=demo or tinyqwen)
 	$(BIN)/python -m benchmarks.e2e --model $(or $(MODEL),all)
 
@@ -77,12 +76,8 @@ bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO tra
 	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet --quiet --no-deps -r requirements/trl.txt
 	touch $@
 
-clean: ## remove the virtual environments and the caches (runs/ stays)
-	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis
-=======
 soak: setup-dev ## kill the services of one run 200 times (KILLS=, SEED=); half an hour
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos/soak.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1)
 
-clean: ## remove the virtual environment and the caches (runs/ stays)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
->>>>>>> a8bfdc7 (wip)
+clean: ## remove the virtual environments and the caches (runs/ stays)
+	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis
