@@ -373,8 +373,15 @@ class LearnerSection(_Section):
     """DeepSpeed ZeRO stage of actor, critic and reference."""
     offload_optimizer: bool = False
     """Optimiser states in host memory (DeepSpeedCPUAdam)."""
+    reference_weights: Literal["auto", "device", "sharded", "host"] = "auto"
+    """Where the frozen reference is. device: whole on each rank's. sharded: divided among the ranks (ZeRO-3). host: the
+    same in host memory, brought in layer by layer. auto: sharded with `zero_stage` 3, else device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    offload_activations: bool = False
+    """Activations wait for the backward pass in host memory; with `gradient_checkpointing`, each layer's input."""
+    logits_mb: NonNegative = 512
+    """MiB of logits, in the model's dtype, that a forward pass keeps for the backward pass; more is computed again."""
     processes: Positive = 1
     """Learner ranks on each host, one per GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -22,6 +22,7 @@ OPERATIONAL: Mapping[str, frozenset[str]] = {
     "learner": frozenset(
         {
             "micro_tokens", "max_nonfinite_steps", "zero_stage", "offload_optimizer", "gradient_checkpointing",
+            "reference_weights", "offload_activations", "logits_mb",
             "processes", "device", "threads", "take_timeout_s", "rank_timeout_s", "checkpoint_every",
             "checkpoint_keep", "checkpoint_best", "checkpoint_async", "dialogues_kept", "dialogues_mb", "metrics_port",
             "metrics_host", "wandb_project",

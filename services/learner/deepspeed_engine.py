@@ -5,6 +5,7 @@ over tokens is exact: DeepSpeed divides gradients by the number of ranks, so los
 global sum and are multiplied by it; micro-batches accumulate without a factor, and as many as a minibatch needs.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from services.contracts.settings import LearnerSection
 from services.learner.host_copy import HostCopies
+from services.learner.offload import offloaded_activations
 from services.learner.ranks import Command, Ranks
 
 GATHER_BYTES = 64 << 20  # weights gathered at once under ZeRO-3
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """One model under DeepSpeed, trained with AdamW, or frozen (`lr` None: only ZeRO-3 has anything to do then)."""
+    """One model under DeepSpeed, trained with AdamW, or frozen: `lr` None, and ZeRO-3 where its weights are sharded."""
 
     def __init__(
         self, module: nn.Module, *, config: LearnerSection, dtype: torch.dtype, ranks: Ranks, lr: float | None
@@ -39,10 +41,14 @@ class Engine:
         self.device = torch.device("cuda", ranks.local_rank) if _backend(config) == "nccl" else torch.device("cpu")
         self._world = ranks.world
         self._grad_clip = config.grad_clip
-        self.stage = config.zero_stage if lr is not None or config.zero_stage == 3 else 0
+        frozen_stage = 3 if _is_sharded(config) else 0
+        self.stage = frozen_stage if lr is None else config.zero_stage
+        self._offloads = config.offload_activations and lr is not None
         # Without ZeRO and bf16 DeepSpeed clips but does not say what it clipped: then it is done here.
         self._clips_itself = lr is not None and (self.stage > 0 or dtype is torch.bfloat16)
         settings = _settings(module, config=config, dtype=dtype, stage=self.stage, clip=self._clips_itself)
+        if lr is None and config.reference_weights == "host":
+            settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         module.to(self.device)
         trained: dict[str, Any] = {}
         if lr is None:
@@ -88,7 +94,8 @@ class Engine:
         for i, micro in enumerate(micros):
             self.engine.set_gradient_accumulation_boundary(is_boundary=i == len(micros) - 1)
             enter("forward")
-            loss = loss_of(micro)
+            with offloaded_activations() if self._offloads else contextlib.nullcontext():
+                loss = loss_of(micro)
             enter("backward")
             # DeepSpeed divides by the number of ranks. A loss that is not finite spoils its gradient too, so that the
             # one check that all ranks make together, of the norm, finds both.
@@ -190,6 +197,13 @@ def choose_backend(config: LearnerSection) -> str:
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
     return backend
+
+
+def _is_sharded(config: LearnerSection) -> bool:
+    """Whether the reference's weights are."""
+    if config.reference_weights == "auto":
+        return config.zero_stage == 3
+    return config.reference_weights != "device"
 
 
 def _backend(config: LearnerSection) -> str:

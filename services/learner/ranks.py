@@ -28,6 +28,8 @@ class Command(IntEnum):
     GATHER = 2  # value: group of weights to gather for publishing (ZeRO-3)
     SAVE = 3  # value: the version to save
     STOP = 4
+    ASK = 5  # value: the version; part of a batch follows
+    GO_ON = 6  # the actor's new weights have been gathered: the critic's steps are next
 
 
 class Ranks:

@@ -25,8 +25,8 @@ from services.learner.checkpoint import Checkpoints, Manifest
 from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend
 from services.learner.export import HfExporter
 from services.learner.host_copy import HostCopies
-from services.learner.models import Actor, load_actor, load_critic
-from services.learner.ppo import Ppo, PpoState
+from services.learner.models import Actor, can_pack, load_actor, load_critic
+from services.learner.ppo import Ppo, PpoState, Prepared
 from services.learner.ranks import Command, Ranks
 from services.learner.samples import Insight
 from services.learner.saver import Saver
@@ -46,10 +46,17 @@ class Trainer:
         self._model_path = model_path(config)
         learner = config.learner
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        policy: dict[str, Any] = {"temperature": config.sampling.temperature, "fp32_head": config.model.fp32_head}
+        policy: dict[str, Any] = {
+            "temperature": config.sampling.temperature,
+            "fp32_head": config.model.fp32_head,
+            "keep_bytes": learner.logits_mb << 20,
+        }
         recompute = learner.gradient_checkpointing
         self._module: Actor = load_actor(self._model_path, dtype=dtype, gradient_checkpointing=recompute, **policy)
         self.actor = Engine(self._module, config=learner, dtype=dtype, ranks=ranks, lr=learner.lr)
+        on_gpu = self.actor.device.type == "cuda"
+        # On GPUs only half precision has a kernel for rows of several dialogues.
+        is_packed = can_pack(self._module) and not (on_gpu and dtype is torch.float32)
         self.critic: Engine | None = None
         if learner.advantage == "gae":
             critic = load_critic(self._model_path, dtype=dtype, seed=config.run.seed, gradient_checkpointing=recompute)
@@ -66,7 +73,9 @@ class Trainer:
             ranks=ranks,
             seed=config.run.seed,
             total_updates=config.run.steps,
+            layout="packed" if is_packed else "padded",
         )
+        self._staged: Prepared | None = None
         self.source = WeightSource(self.actor, ranks)
         self.version = 0  # policy updates done
         self.next_task = 0  # the issue counter in the checkpoint that this run continues from
@@ -111,12 +120,39 @@ class Trainer:
         """Into the last update, of this rank's dialogues."""
         return self._ppo.insight
 
-    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Rank 0: one update on this batch. Returns metrics; `version` is then one higher."""
+    def stage(self, trajectories: Sequence[Trajectory], version: int) -> None:
+        """Rank 0: pack the batch that will be trained on from `version`, while the update before it is under way."""
+        self._staged = self._ppo.prepare(trajectories, version=version)
+
+    @property
+    def ask_tokens(self) -> int:
+        """How many tokens are worth an `ask`; 0: none."""
+        return self._ppo.ask_tokens
+
+    def ask(self, trajectories: Sequence[Trajectory]) -> None:
+        """Rank 0: what the models say of a part of the next batch, while the rest of it is still coming in."""
+        self.ranks.command(Command.ASK, self.version)
+        if self.ranks.world > 1:
+            self.ranks.share([encode(trajectory) for trajectory in trajectories])
+        self._ppo.ask(trajectories, version=self.version)
+
+    def train(
+        self, trajectories: Sequence[Trajectory], *, on_actor: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Rank 0: one update on this batch. Returns metrics; `version` is then one higher.
+
+        on_actor: called as soon as the weights of that version are there to be published, before the critic's steps.
+        """
         self.ranks.command(Command.TRAIN, self.version)
         if self.ranks.world > 1:
             self.ranks.share([encode(trajectory) for trajectory in trajectories])
-        return self._train(trajectories)
+
+        def publish() -> None:
+            self.version += 1
+            on_actor()
+            self.ranks.command(Command.GO_ON)
+
+        return self._train(trajectories, publish)
 
     def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
         """Rank 0: begin a checkpoint of the present version; training may go on when this returns.
@@ -145,9 +181,13 @@ class Trainer:
         """The other ranks: do what rank 0 says until it says stop. Raises RuntimeError when rank 0 is gone."""
         while True:
             command, value = self.ranks.await_command()
-            if command is Command.TRAIN:
-                assert value == self.version, f"rank 0 trains from version {value}, this rank is at {self.version}"
-                self._train([decode_trajectory(message) for message in self.ranks.share(None)])
+            if command in (Command.TRAIN, Command.ASK):
+                assert value == self.version, f"rank 0 is at version {value}, this rank at {self.version}"
+                trajectories = [decode_trajectory(message) for message in self.ranks.share(None)]
+                if command is Command.TRAIN:
+                    self._train(trajectories, self._follow_publishing)
+                else:
+                    self._ppo.ask(trajectories, version=value)
             elif command is Command.GATHER:
                 self.source.gather(value)
             elif command is Command.SAVE:
@@ -162,10 +202,23 @@ class Trainer:
             self.ranks.command(Command.STOP)
         self.ranks.leave()
 
-    def _train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        metrics = self._ppo.update(trajectories, version=self.version)
+    def _train(self, trajectories: Sequence[Trajectory], on_actor: Callable[[], None]) -> dict[str, float]:
+        staged, self._staged = self._staged, None
+        if staged and (
+            staged.version != self.version or list(map(id, staged.trajectories)) != list(map(id, trajectories))
+        ):
+            staged = None  # some were given up meanwhile, because Redis lost them
+        return self._ppo.update(trajectories, version=self.version, prepared=staged, on_actor=on_actor)
+
+    def _follow_publishing(self) -> None:
+        """The other ranks, between the actor's steps and the critic's."""
         self.version += 1
-        return metrics
+        while True:
+            command, value = self.ranks.await_command()
+            if command is Command.GO_ON:
+                return
+            assert command is Command.GATHER, command
+            self.source.gather(value)
 
     def _engines(self) -> dict[str, Engine]:
         """Those with an optimiser, by their folder in a checkpoint."""

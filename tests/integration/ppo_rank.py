@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from services.contracts.config import load
 from services.contracts.wire import Trajectory
+from services.learner.batch import Layout
 from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend
 from services.learner.models import Actor, Critic
 from services.learner.ppo import Ppo
@@ -24,6 +25,10 @@ CASES = {
     **{f"zero {stage}": [f"zero_stage={stage}"] for stage in range(4)},
     "one by one": ["zero_stage=0", "micro_tokens=1"],
     "all at once": ["zero_stage=0", "micro_tokens=100000"],
+    "packed": ["zero_stage=0"],
+    "packed, zero 3": ["zero_stage=3"],
+    "reference on the host": ["zero_stage=2", "reference_weights=host", "offload_activations=true"],
+    "asked ahead": ["zero_stage=3"],
     "grpo": ["zero_stage=0", "advantage=grpo", "samples_per_problem=3"],
     "reinforce_pp": ["zero_stage=0", "advantage=reinforce_pp", "kl_in=reward", "kl_target=0.01"],
     "all terms": ["zero_stage=2", "clip_high=0.28", "dual_clip=3", "entropy_coef=0.01", "reward_at=attempt"],
@@ -52,7 +57,7 @@ def batch(update: int) -> list[Trajectory]:
     return dialogues
 
 
-def run(flags: list[str], ranks: Ranks) -> dict[str, object]:
+def run(name: str, flags: list[str], ranks: Ranks) -> dict[str, object]:
     micro = [] if any(flag.startswith("micro_tokens") for flag in flags) else ["micro_tokens=48"]
     config = load(None, [f"--learner.{flag}" for flag in (*COMMON, *micro, *flags)], env={}).learner
 
@@ -62,8 +67,14 @@ def run(flags: list[str], ranks: Ranks) -> dict[str, object]:
     actor = engine(Actor(tiny(Qwen2ForCausalLM), temperature=1.0), config.lr)
     critic = engine(Critic(tiny(Qwen2Model), seed=0), config.critic_lr) if config.advantage == "gae" else None
     reference = engine(Actor(tiny(Qwen2ForCausalLM), temperature=1.0), None)
-    ppo = Ppo(actor, critic, reference, config=config, ranks=ranks, seed=0, total_updates=UPDATES)
-    figures = [ppo.update(batch(version), version=version) for version in range(UPDATES)]
+    layout: Layout = "packed" if name.startswith("packed") else "padded"
+    ppo = Ppo(actor, critic, reference, config=config, ranks=ranks, seed=0, total_updates=UPDATES, layout=layout)
+    figures = []
+    for version in range(UPDATES):
+        if name == "asked ahead":
+            ppo.ask(batch(version)[2:5], version=version)
+            ppo.ask(batch(version)[1:8], version=version)
+        figures.append(ppo.update(batch(version), version=version))
     source = WeightSource(actor, ranks)
     if ranks.leads:
         weights = {name: tensor.clone() for name, tensor in source}
@@ -79,7 +90,7 @@ def main() -> None:
     choose_backend(load(None, ["--learner.device=cpu"], env={}).learner)
     torch.set_num_threads(1)
     ranks = Ranks.join(backend="gloo", timeout_s=60)
-    found = {name: run(flags, ranks) for name, flags in CASES.items()}
+    found = {name: run(name, flags, ranks) for name, flags in CASES.items()}
     if ranks.leads:
         torch.save(found, Path(sys.argv[1]))
     ranks.leave()

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.integration
 
 Found = dict[str, dict[str, Any]]
 RELATIVE = 5e-5
-ABSOLUTE = 2e-5  # of weights that moved by 4e-3
+ABSOLUTE = 3e-5  # of weights that moved by 4e-3
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def assert_same_updates(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Losses, gradient norms, whitening and all other figures of each update; and the weights in the end."""
     for mine, other in zip(ours["figures"], theirs["figures"], strict=True):
         assert mine.keys() == other.keys()
-        for name in [name for name in mine if not name.endswith("_s")]:
+        for name in [name for name in mine if not name.endswith("_s") and name != "answered_ahead"]:
             assert mine[name] == pytest.approx(other[name], rel=RELATIVE, abs=1e-6), name
     assert ours["weights"].keys() == theirs["weights"].keys()
     for name, tensor in ours["weights"].items():
@@ -62,3 +62,21 @@ def test_zero_stages_take_the_same_steps(runs: dict[int, Found], stage: int, wor
 @pytest.mark.parametrize("world", [1, 2])
 def test_any_number_of_micro_batches_is_the_same_update(runs: dict[int, Found], case: str, world: int) -> None:
     assert_same_updates(runs[world][case], runs[1]["zero 0"])
+
+
+@pytest.mark.parametrize("case", ["packed", "packed, zero 3", "reference on the host", "asked ahead"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_neither_layout_nor_place_nor_time_of_asking_change_an_update(
+    runs: dict[int, Found], case: str, world: int
+) -> None:
+    assert_same_updates(runs[world][case], runs[1]["zero 0"])
+    ahead = [line["answered_ahead"] for line in runs[world][case]["figures"]]
+    assert ahead == [7.0 if case == "asked ahead" else 0.0] * 3
+
+
+def test_the_parts_of_an_update_are_all_named(runs: dict[int, Found]) -> None:
+    parts = {"pack_s", "first_pass_s", "forward_s", "backward_s", "optimiser_s", "publish_s", "other_s"}
+    for line in runs[1]["zero 2"]["figures"]:
+        assert {name for name in line if name.endswith("_s")} == parts
+        assert all(line[name] >= 0 for name in parts)
+        assert line["other_s"] < 0.2 * sum(line[name] for name in parts)
