@@ -4,6 +4,7 @@ What is kept there is the business of `ledger` and `registry`.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -34,12 +35,17 @@ SECRET_PARAMETERS = frozenset({"password", "ssl_password"})
 # Answers of a server that will be well again: its disk is full, its memory is, or it is not the primary for now.
 # A script that is refused so has done nothing: the server looks before the first write.
 _PASSING = ("MISCONF", "NOREPLICAS")
+# Those that last until somebody makes room. To end would mend nothing, and a run shall pause when a disk is full.
+_FULL = "MISCONF"
 
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 class PatientRetry(Retry):
     """Retry with exponential back-off (50 ms to 1 s) until `patience_s` has passed since the command was first tried.
+
+    A server whose disk or memory is full is waited for without end: it answers, and says so in the log meanwhile.
 
     redis-py counts attempts, and nests one such loop (connecting) inside another (sending): N becomes N^2. A clock
     bounds both. A command may therefore run twice when its reply was lost, so all of ours are safe to repeat.
@@ -71,14 +77,11 @@ class PatientRetry(Retry):
                     raise asyncio.CancelledError
                 return result
             except self._supported_errors as error:
-                if isinstance(error, ResponseError) and not is_passing(error):
+                if _is_lasting(error):
                     if _cancellations() > cancellations:
                         raise asyncio.CancelledError from error
                     raise
                 if is_retryable and not is_retryable(error):
-                    raise
-                # A wrong password is a ConnectionError to redis-py; waiting does not mend it.
-                if isinstance(error, AuthenticationError):
                     raise
                 failures += 1
                 await (fail(error, failures) if with_failure_count else fail(error))
@@ -86,7 +89,10 @@ class PatientRetry(Retry):
                 if _cancellations() > cancellations:
                     raise asyncio.CancelledError from error
                 if time.monotonic() + pause_s > deadline:
-                    raise
+                    if not is_full(error):
+                        raise
+                    log.warning("Redis has no room left and refuses to write; waiting", extra={"error": str(error)})
+                    deadline = time.monotonic() + self._patience_s
                 await asyncio.sleep(pause_s)
 
 
@@ -149,9 +155,19 @@ def _client(url: str, patience_s: float) -> Redis:
     return Redis.from_pool(pool)
 
 
+def _is_lasting(error: Exception) -> bool:
+    """Whether waiting does not mend it. A wrong password is a ConnectionError to redis-py."""
+    return isinstance(error, AuthenticationError) or (isinstance(error, ResponseError) and not is_passing(error))
+
+
 def is_passing(error: ResponseError) -> bool:
     """Whether the same command is worth another try."""
     return isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(_PASSING)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the server lacks disk or memory."""
+    return isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and str(error).startswith(_FULL))
 
 
 def masked(url: str) -> str:

@@ -99,6 +99,29 @@ async def test_a_server_that_refuses_to_write_for_now_is_waited_for(passing: Res
     assert await PatientRetry(5.0).call_with_retry(command, _nothing) == "answer"
 
 
+@pytest.mark.parametrize("full", [ResponseError("MISCONF Errors writing to the AOF file"), OutOfMemoryError("")])
+async def test_a_server_without_room_is_waited_for_until_there_is_some(
+    full: ResponseError, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [full] * 4  # the pauses between them are longer than the patience
+
+    async def command() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    assert await PatientRetry(0.1).call_with_retry(command, _nothing) == "answer"
+    assert "Redis has no room left" in caplog.text
+
+
+async def test_one_that_may_not_be_written_to_is_given_up_after_a_while() -> None:
+    async def command() -> str:
+        raise ReadOnlyError("a replica")
+
+    with pytest.raises(ReadOnlyError):
+        await PatientRetry(0.1).call_with_retry(command, _nothing)
+
+
 async def test_a_mistake_of_ours_is_not_tried_again() -> None:
     tries = []
 
