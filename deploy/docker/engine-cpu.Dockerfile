@@ -14,8 +14,8 @@ WORKDIR /source
 COPY deploy/docker/locks/build.txt deploy/docker/locks/torch-cpu.txt deploy/docker/locks/engine-cpu.txt locks/
 RUN /opt/build/bin/pip install --no-deps --require-hashes -r locks/build.txt \
  && /opt/engine/bin/pip install --no-deps --require-hashes -r locks/build.txt \
- && /opt/engine/bin/pip install --no-deps --require-hashes ${TORCH_INDEX:+--index-url} ${TORCH_INDEX} -r locks/torch-cpu.txt \
- && /opt/engine/bin/pip install --no-deps --require-hashes --no-build-isolation -r locks/engine-cpu.txt \
+ && /opt/engine/bin/pip install --no-deps --require-hashes ${TORCH_INDEX:+--index-url} ${TORCH_INDEX} -r locks/torch-cpu.txt
+RUN /opt/engine/bin/pip install --no-deps --require-hashes --no-build-isolation -r locks/engine-cpu.txt \
  && find /opt/engine -type d \( -name tests -o -name test \) -path '*/site-packages/*/*' -prune -exec rm -r {} +
 COPY pyproject.toml README.md ./
 COPY services services
