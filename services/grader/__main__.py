@@ -15,8 +15,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from services.contracts.config import ConfigError, load_resolved, secret_from_env
-from services.contracts.settings import GraderSection
+from services.contracts.settings import GraderSection, TelemetrySection
 from services.contracts.telemetry import configure_logging
+from services.contracts.tracing import close_tracing, configure_tracing
 
 EXIT_CONFIG = 2
 DEFAULT_PORT = 8000  # on its own the grader wants a port that a person can guess
@@ -40,28 +41,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="worker processes")
     arguments = parser.parse_args(argv)
     try:
-        run, section = _settings(arguments)
+        run, section, telemetry = _settings(arguments)
         api_key = _api_key()
         listener = _listen(section)
+        configure_tracing("grader", run=run, settings=telemetry)
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the one line
         return EXIT_CONFIG
     configure_logging("grader", run=run)
     if arguments.config is None and sys.stdout.isatty():
         print(_welcome(listener), flush=True)  # noqa: T201 - for a person
-    return _serve(section, listener, api_key)
+    try:
+        return _serve(section, listener, api_key)
+    finally:
+        close_tracing()
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection]:
-    """The run's name and the [grader] section, flags over file."""
+def _settings(arguments: argparse.Namespace) -> tuple[str, GraderSection, TelemetrySection]:
+    """The run's name, the [grader] section, flags over file, and [telemetry]."""
     flags = {name: getattr(arguments, name) for name in ("host", "port", "workers")}
     given = {name: value for name, value in flags.items() if value is not None}
-    run, base = "standalone", GraderSection(port=DEFAULT_PORT)
+    run, base, telemetry = "standalone", GraderSection(port=DEFAULT_PORT), TelemetrySection()
     if arguments.config is not None:
         config = load_resolved(arguments.config)
-        run, base = config.run.name, config.grader
+        run, base, telemetry = config.run.name, config.grader, config.telemetry
     try:
-        return run, GraderSection(**{**base.model_dump(), **given})
+        return run, GraderSection(**{**base.model_dump(), **given}), telemetry
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"grader.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error

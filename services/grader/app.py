@@ -4,26 +4,30 @@ Errors are problem+json (RFC 9457). An item that cannot be graded is a 200 with 
 requests, 503 with Retry-After for a full queue. Grading itself is `judge`'s.
 """
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Security
+from fastapi import APIRouter, FastAPI, Header, Security
 from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
+from services.contracts.tracing import HEADER, Attribute, record_parts
 from services.contracts.web import BodyLimit, SecurityHeaders
 from services.grader.guards import Bearer
-from services.grader.judge import Judge, Question
+from services.grader.judge import Judge, Judgement, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
 from services.grader.pool import Pool
 from services.grader.problems import MAX_BODY_BYTES, RESPONSES, UNAUTHORIZED, add_problems
 from services.grader.protocol import BatchRequest, BatchResult, ExplainResult, GradeRequest, GradeResult
 from services.grader.trainers import trainer_routes
+
+Traces = Annotated[str, Header(alias=HEADER, include_in_schema=False)]
 
 _DESCRIPTION = """Is this final answer mathematically equal to the gold answer?
 
@@ -93,9 +97,10 @@ def _native_routes(judge: Judge, **options: Any) -> APIRouter:
     router = APIRouter(tags=["grade"], **options)
 
     @router.post("/v1/grade", responses=RESPONSES)
-    async def grade(request: GradeRequest) -> GradeResult:
+    async def grade(request: GradeRequest, traces: Traces = "") -> GradeResult:
         """Grade one response."""
-        return GradeResult.of((await judge.judge([_question(request)]))[0], request.id)
+        [judgement] = await _judged(judge, [request], traces)
+        return GradeResult.of(judgement, request.id)
 
     @router.post("/v1/explain", responses=RESPONSES)
     async def explain(request: GradeRequest) -> ExplainResult:
@@ -104,13 +109,27 @@ def _native_routes(judge: Judge, **options: Any) -> APIRouter:
         return ExplainResult.model_validate(GradeResult.of(judgement, request.id).model_dump() | asdict(explanation))
 
     @router.post("/v1/grade/batch", responses=RESPONSES)
-    async def grade_batch(request: BatchRequest) -> BatchResult:
+    async def grade_batch(request: BatchRequest, traces: Traces = "") -> BatchResult:
         """Grade many; the results come in the order of the items, and a slow one costs no other its verdict."""
-        judgements = await judge.judge([_question(item) for item in request.items])
+        judgements = await _judged(judge, request.items, traces)
         pairs = zip(judgements, request.items, strict=True)
         return BatchResult(results=[GradeResult.of(judgement, item.id) for judgement, item in pairs])
 
     return router
+
+
+async def _judged(judge: Judge, requests: Sequence[GradeRequest], traces: str) -> list[Judgement]:
+    """Judge them; whoever asked may want it in their traces (`tracing.HEADER`)."""
+    start_s = time.time()
+    judgements = await judge.judge([_question(request) for request in requests])
+    if traces:
+        record_parts(traces, "grader", start_s, [_told(judgement) for judgement in judgements])
+    return judgements
+
+
+def _told(judgement: Judgement) -> dict[str, Attribute]:
+    told: dict[str, Attribute] = {"verdict": judgement.verdict.value, "method": judgement.method or "none"}
+    return told | {"elapsed_ms": judgement.elapsed_ms, "cached": judgement.is_cached}
 
 
 def _question(request: GradeRequest) -> Question:

@@ -7,7 +7,8 @@
 A grader that is away or busy is waited for until the deadline; what it never becomes is a verdict.
 
 Concurrent `grade` calls share requests, without a timer. Up to MAX_REQUESTS requests are out at a time; a call that
-finds one of those places free goes out at once, calls that find none gather, and leave together when one comes free.
+finds one of those places free goes out at once, with those made in the same instant (up to MAX_TOGETHER); calls that
+find none gather, and leave together when one comes free.
 An answer comes when its whole request is done, so an item that takes the grader's whole deadline (seconds) holds up
 its neighbours: requests are therefore small (MAX_REQUEST_ITEMS), several are out, and one that is out for longer than
 STALL_S gives its place to the next. (Simulated with 8 workers, 64 callers, every hundredth item slow for 2 s: as many
@@ -33,6 +34,7 @@ import httpx
 import msgspec
 
 from services.contracts.config import secret_from_env
+from services.contracts.tracing import HEADER, traceparent
 from services.contracts.wire import Verdict
 
 API_KEY_VARIABLE = "GRADER_API_KEY"
@@ -43,6 +45,7 @@ CLOSE_TIMEOUT_S = 10.0
 ABOUT_ONE_ITEM = (400, 413, 422)  # refusals that one item of several may have earned for all
 MAX_REQUESTS = 4
 MAX_REQUEST_ITEMS = 16
+MAX_TOGETHER = 4  # while places are free: a request costs its sender more than the grading of most answers
 MAX_REQUEST_CHARS = 2_000_000  # JSON writes up to 12 bytes for a character; the grader takes 32 MiB
 STALL_S = 0.1
 MAX_CONNECTIONS = 64
@@ -112,6 +115,7 @@ class _Job:
 
     item: dict[str, object]
     num_chars: int
+    traceparent: str  # of whoever asks; empty: it is not traced
     deadline_s: float  # what was asked for
     deadline: float  # on the monotonic clock
     future: asyncio.Future[Grade]
@@ -254,6 +258,7 @@ class GraderClient:
         return _Job(
             item,
             num_chars=len(question.response) + sum(map(len, golds)) + len(question.id or ""),
+            traceparent=traceparent(),
             deadline_s=deadline_s,
             deadline=time.monotonic() + deadline_s,
             future=asyncio.get_running_loop().create_future(),
@@ -274,11 +279,12 @@ class GraderClient:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Send what waits while there are free places, evenly spread over them."""
+        """Send what waits while there are free places, spread over them, but not into ever smaller requests."""
         self._is_pump_due = False
         while self._num_busy < self._max_requests and not self._is_closed:
             free = self._max_requests - self._num_busy
-            jobs = _take(self._waiting, min(self._max_items, -(-len(self._waiting) // free)))
+            share = max(MAX_TOGETHER, -(-len(self._waiting) // free))
+            jobs = _take(self._waiting, min(self._max_items, share))
             if not jobs:
                 return
             self._num_busy += 1
@@ -338,9 +344,11 @@ class GraderClient:
         items = [job.item for job in jobs]
         path, body = ("/v1/grade/batch", {"items": items}) if len(items) > 1 else ("/v1/grade", items[0])
         patience_s = max(0.0, min(REQUEST_TIMEOUT_S, max(job.deadline for job in jobs) - time.monotonic()))
+        is_traced = any(job.traceparent for job in jobs)
+        headers = {HEADER: ",".join(job.traceparent for job in jobs)} if is_traced else None
         try:
             # json escapes everything beyond ASCII, lone surrogates too: a response is model output
-            reply = await self._http.post(path, content=json.dumps(body), timeout=patience_s)
+            reply = await self._http.post(path, content=json.dumps(body), headers=headers, timeout=patience_s)
         except httpx.RequestError as error:
             return _Trouble(f"{type(error).__name__} {error}".strip())
         if reply.is_server_error or reply.status_code == httpx.codes.TOO_MANY_REQUESTS:

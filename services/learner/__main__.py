@@ -116,6 +116,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.contracts.registry import Registry
     from services.contracts.store import connect
     from services.contracts.telemetry import serve_health
+    from services.contracts.tracing import close_tracing, configure_tracing
     from services.learner.loop import Loop
     from services.learner.metrics import Metrics, summarise, weights_and_biases
     from services.learner.observer import Observer
@@ -124,6 +125,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.learner.samples import open_samples
     from services.learner.trainer import Trainer
 
+    configure_tracing("learner", run=config.run.name, settings=config.telemetry)
     page = weights_and_biases(config)
     redis = await connect(config.redis.url)
     sampler = TaskSampler(
@@ -178,6 +180,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     finally:
         health.close()
         metrics.close()
+        await asyncio.to_thread(close_tracing)
         await asyncio.to_thread(samples.close)
         await publisher.close()
         await redis.aclose()

@@ -23,10 +23,14 @@ from services.learner.bookkeeper import Bookkeeper, Closing
 from services.learner.checkpoint import CheckpointError, averages
 from services.learner.phases import Phases
 from services.learner.sampler import TaskSampler
+from services.learner.stopwatch import Stopwatch, step_seconds
+from services.learner.traces import TaskTraces
 
 CONSUMER = "learner"
 TAKE_COUNT = 256
 TAKE_BLOCK_S = 0.2  # also how soon a request to stop is noticed
+TAKE_AHEAD_BLOCK_S = 0.05  # also how long the end of an update may have to wait
+PACK_TIMEOUT_S = 600.0  # weights out of all ranks into one buffer
 TIDY_EVERY_S = 1.0  # replacing lost tasks, greeting replicas that joined
 RETRY_SAVE_S = 10.0  # while the disk is full
 
@@ -44,8 +48,18 @@ class TrainerLike(Protocol):
     next_task: int
     books: Books
 
-    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """One update; `version` goes up by one."""
+    @property
+    def ask_tokens(self) -> int:
+        """How many tokens are worth an `ask`; 0: none."""
+
+    def ask(self, trajectories: Sequence[Trajectory]) -> None:
+        """Do in advance what can be done with a part of the batch that `train` comes to next."""
+
+    def stage(self, trajectories: Sequence[Trajectory], version: int) -> None:
+        """Pack the batch that will be trained on from `version`; `train` may be running meanwhile."""
+
+    def train(self, trajectories: Sequence[Trajectory], *, on_actor: Callable[[], None]) -> dict[str, float]:
+        """One update; `version` goes up by one, then `on_actor` is called, from when on it may be published."""
 
     def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
         """Begin a checkpoint; the result is the durable one, or CheckpointError."""
@@ -63,8 +77,11 @@ class Report(Protocol):
 class PublisherLike(Protocol):
     """What the loop needs of `Publisher`."""
 
-    async def publish(self, version: int) -> Report:
-        """Give the present weights, under this version, to every replica that can be reached."""
+    async def publish(self, version: int, *, packed: asyncio.Event | None = None) -> Report:
+        """Give the present weights, under this version, to every replica that can be reached.
+
+        packed: set when the live weights are no longer needed, unless it fails before.
+        """
 
     async def catch_up(self) -> object:
         """Give the weights published last to replicas that have others."""
@@ -116,6 +133,10 @@ class Loop:
         self._dropped = self._stale = 0  # trajectories since the last step: all that were dropped, the too old of them
         self._issued = 0
         self.phases = Phases()
+        self._watch = Stopwatch()
+        self._publishing: asyncio.Task[Report] | None = None
+        self._is_trained = asyncio.Event()
+        self._traces = TaskTraces()
 
     @property
     def collected(self) -> tuple[int, int]:
@@ -128,21 +149,23 @@ class Loop:
         self._next_task = await self._bookkeeper.begin(self._trainer.version, self._trainer.next_task)
         await self._publisher.publish(self._trainer.version)
         self.trouble = None
+        self._watch.lap()
         while self._trainer.version < self._steps:
-            started = time.monotonic()
             self.phases.enter("waiting")
-            batch = await self._collect(self._trainer.version)
+            with self._watch.during("wait"):
+                batch = await self._collect(self._trainer.version)
             if batch is None:
                 break
-            figures = {"wait_s": time.monotonic() - started} | await self._train(batch)
+            figures = await self._train(batch)
             version = self._trainer.version
             if not self.stop.is_set():  # the replicas work while the checkpoint is written
                 await self._issue(version)
             self._since.append(figures)
             is_due = version % self._settings.checkpoint_every == 0 or version == self._steps
             if (is_due and version > self._begun_version) or self._writing_failed:
-                figures["checkpoint_s"] = await self._save()
-            figures["step_s"] = time.monotonic() - started
+                with self._watch.during("checkpoint"):
+                    await self._save()
+            figures |= step_seconds(self._watch.lap(), figures)
             figures["dialogues_per_s"] = len(batch) / figures["step_s"]
             self._metrics.write(version, figures)
             log.info("step", extra={"step": version, **figures})
@@ -154,28 +177,91 @@ class Loop:
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
         self.phases.enter("training")
+        training_at = time.time()
         _tell("train", self._trainer.version)
-        figures |= await asyncio.to_thread(self._trainer.train, batch)
+        ahead = asyncio.create_task(self._take_ahead(self._trainer.version + 1))
+        with self._watch.during("update"):
+            figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
         self.phases.enter("publishing")
+        self._traces.trained(batch, self._trainer.version, training_at)
         self._keep(self._trainer.version, batch)
         self._bookkeeper.note_trained(self._trainer.version, [trajectory.task_id for trajectory in batch])
-        started = time.monotonic()
-        if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
-            report = await self._publisher.publish(self._trainer.version)
-            figures |= {"replicas": float(len(report.updated)), "replicas_dropped": float(len(report.dropped))}
-            figures |= {f"publish_{phase}": seconds for phase, seconds in report.seconds.items()}
-        figures["publish_s"] = time.monotonic() - started
+        with self._watch.during("publish"):
+            if self._publishing is not None:
+                report = await self._publishing
+                figures |= {"replicas": float(len(report.updated)), "replicas_dropped": float(len(report.dropped))}
+                figures |= {f"publish_{phase}": seconds for phase, seconds in report.seconds.items()}
+        with self._watch.during("wait"):
+            self._is_trained.set()
+            await ahead
         depth = await self._ledger.depth()
         names = ("waiting", "running", "trajectories_ready", "dead")
         return figures | {f"queue_{name}": float(getattr(depth, name)) for name in names}
+
+    def _when_packed(self) -> Callable[[], None]:
+        """What the trainer's thread calls when there are new weights: publishing begins, and goes on beside it."""
+        loop = asyncio.get_running_loop()
+        self._publishing = None
+        self._is_trained.clear()
+
+        async def begin() -> None:
+            packed = asyncio.Event()
+            self._publishing = asyncio.create_task(self._publish(packed))
+            waiting = asyncio.create_task(packed.wait())
+            await asyncio.wait({self._publishing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+
+        def on_actor() -> None:
+            if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
+                asyncio.run_coroutine_threadsafe(begin(), loop).result(PACK_TIMEOUT_S)
+
+        return on_actor
+
+    async def _publish(self, packed: asyncio.Event) -> Report:
+        version = self._trainer.version
+        report = await self._publisher.publish(version, packed=packed)
+        if not self.stop.is_set() and not await self._ledger.may_lack_writes():
+            await self._issue_missing(version)  # the replicas begin the next batch while the critic learns
+        return report
+
+    async def _take_ahead(self, version: int) -> None:
+        """While an update is under way: the next batch comes in as far as its tasks have been issued, and is packed."""
+        wanted, held = self._settings.batch_dialogues, self._held.setdefault(version, {})
+        while version < self._steps and not self._is_trained.is_set() and not self.stop.is_set():
+            for taken in await self._ledger.take(CONSUMER, TAKE_COUNT, TAKE_AHEAD_BLOCK_S):
+                await self._admit(taken, version)
+            if len(held) >= wanted:
+                await asyncio.to_thread(self._trainer.stage, self._chosen(held), version)
+                return
+
+    def _chosen(self, held: Mapping[int, Taken]) -> list[Trajectory]:
+        """The batch out of what there is, sorted by task; spare ones are not trained on."""
+        there = [taken.trajectory for taken in held.values()]
+        chosen = whole_groups_first(there, self._settings.samples_per_problem)[: self._settings.batch_dialogues]
+        return sorted(chosen, key=lambda trajectory: trajectory.task_id)
+
+    def _to_ask(self, held: Mapping[int, Taken], asked: set[int]) -> list[Trajectory]:
+        """Dialogues of a batch that is still coming in, enough for the models to be asked about together, or none."""
+        new = [taken.trajectory for task_id, taken in held.items() if task_id not in asked]
+        enough = self._trainer.ask_tokens
+        if not enough or sum(len(trajectory.token_ids) for trajectory in new) < enough:
+            return []
+        asked.update(trajectory.task_id for trajectory in new)
+        return new
 
     async def _collect(self, version: int) -> list[Trajectory] | None:
         """The trajectories of batch `version`, sorted by task; None when asked to stop."""
         wanted, held = self._settings.batch_dialogues, self._held.setdefault(version, {})
         deadline, tidy_at = time.monotonic() + self._settings.take_timeout_s, 0.0
+        asking: asyncio.Task[None] | None = None
+        asked: set[int] = set()
         while len(held) < wanted:
             if self.stop.is_set():
-                return None
+                break
+            if (asking is None or asking.done()) and (new := self._to_ask(held, asked)):
+                if asking is not None:
+                    await asking
+                asking = asyncio.create_task(asyncio.to_thread(self._trainer.ask, new))
             if time.monotonic() >= tidy_at:
                 await self._issue(version)
                 await self._publisher.catch_up()
@@ -187,14 +273,17 @@ class Loop:
                     f"batch {version}: {len(held)} of {wanted} dialogues within learner.take_timeout_s "
                     f"({self._settings.take_timeout_s:.0f} s); {await self._ledger.depth()}"
                 )
-        there = [taken.trajectory for taken in self._held.pop(version).values()]
-        chosen = whole_groups_first(there, self._settings.samples_per_problem)[:wanted]  # spare ones are not trained on
-        return sorted(chosen, key=lambda trajectory: trajectory.task_id)
+        if asking is not None:
+            await asking
+        return None if len(held) < wanted else self._chosen(self._held.pop(version))
 
     async def _issue(self, version: int) -> None:
         """Issue what the batches that may run now lack: the one rule for new, replaced and lost tasks."""
         if await self._ledger.may_lack_writes():
             await self._reconcile()
+        await self._issue_missing(version)
+
+    async def _issue_missing(self, version: int) -> None:
         live = await self._ledger.live()
         stale_by = self._settings.max_staleness
         for batch in range(version, min(version + stale_by, self._steps - 1) + 1):
@@ -204,9 +293,11 @@ class Loop:
             first, oldest = self._next_task, max(0, batch - stale_by)
             count = self._sampler.count(first, missing)  # groups are issued whole, into one batch
             tasks = [self._sampler.task(first + i, batch=batch, min_version=oldest) for i in range(count)]
+            issuing_at = time.time()
             self._next_task = await self._ledger.issue(first, tasks)
             if self._next_task == first + count:  # else the counter was elsewhere: the next round tries again
                 self._issued += count
+                self._traces.issued(tasks, issuing_at)
 
     async def _reconcile(self) -> None:
         """Redis was restarted or emptied: give up what only this process still has, so that it is issued anew."""
@@ -224,6 +315,7 @@ class Loop:
 
     async def _admit(self, taken: Taken, version: int) -> None:
         trajectory = taken.trajectory
+        self._traces.taken(taken)
         held = self._held.setdefault(trajectory.batch, {}) if trajectory.batch >= version else {}
         if trajectory.batch < version or trajectory.task_id in held:
             return  # a spare one, or a second copy out of a Redis that lost its last second: it goes with its batch
@@ -240,6 +332,7 @@ class Loop:
         self._dropped += 1
         await self._ledger.drop([taken.entry_id], reason)
         trajectory = taken.trajectory
+        self._traces.dropped(trajectory, reason)
         told = {"task_id": trajectory.task_id, "batch": trajectory.batch, "reason": reason, "detail": detail}
         log.info("dropped", extra=told)
 

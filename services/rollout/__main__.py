@@ -18,6 +18,7 @@ from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
 from services.contracts.telemetry import configure_logging
+from services.contracts.tracing import close_tracing, configure_tracing
 from services.rollout.ending import Signals
 from services.rollout.environment import load_environment
 from services.rollout.gpu_lease import leased_gpus
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = _model(config)
         listener = _listen(config, config.rollout.port if arguments.port is None else arguments.port)
         configure_logging("rollout", run=config.run.name)
+        configure_tracing("rollout", run=config.run.name, settings=config.telemetry)
         port = listener.getsockname()[1]
         name = arguments.replica_id or f"{socket.gethostname()}-{port}"
         signals = Signals()
@@ -87,6 +89,7 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
     await serving
     with contextlib.suppress(asyncio.CancelledError):
         await living
+    await asyncio.to_thread(close_tracing)
     return 0
 
 

@@ -13,6 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.contracts.config import RunConfig
 from services.contracts.template import Tokenizer, end_of_turn_ids, opening_ids, reply_ids
+from services.contracts.tracing import note, span
 from services.contracts.wire import Progress, Sampling, Task, Timings, Trajectory, Verdict
 from services.rollout.dialogue import Dialogue, Sampled
 from services.rollout.environment import Grader, Judgement, ask, load_environment
@@ -170,12 +171,15 @@ class DialogueRunner:
         listen(Prompted(tuple(dialogue.token_ids)))
         while dialogue.finish_reason is None:
             asked = time.monotonic()
-            with self._occupancy.sampling():
+            number = len(dialogue.attempts) + 1
+            with self._occupancy.sampling(), span(f"attempt {number}", attempt=number) as traced:
                 sampled, text = await self._sample(dialogue, listen)
+                note(traced, tokens=len(sampled.token_ids), version=self._engine.version)
             answered = time.monotonic()
             judge = self._environment.judge if grader is self._grader else ask
-            with self._occupancy.judging():
+            with self._occupancy.judging(), span(f"grading {number}", attempt=number) as traced:
                 judgement = await judge(task, text, grader)
+                note(traced, verdict=judgement.verdict.value, grader_ms=judgement.elapsed_ms)
             judged = time.monotonic()
             generate_s, grade_s = generate_s + answered - asked, grade_s + judged - answered
             if judgement.verdict is Verdict.UNPARSABLE_GOLD:

@@ -20,6 +20,7 @@ from typing import Protocol
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.contracts.ledger import Claim, Ledger
+from services.contracts.tracing import dialogue_span
 from services.contracts.wire import Progress, Task, Trajectory
 from services.grader.client import GraderUnavailableError
 from services.rollout.runner import EngineDead, GenerationAborted, UnrunnableTask
@@ -198,7 +199,8 @@ class Worker:
             saver.put(progress)
 
         try:
-            trajectory = await self._runner.run(claim.task, resume=claim.progress, on_progress=on_progress)
+            with dialogue_span(claim.task.task_id, replica=self._replica_id, delivery=claim.deliveries):
+                trajectory = await self._runner.run(claim.task, resume=claim.progress, on_progress=on_progress)
         except UnrunnableTask as error:
             await self._ledger.bury(claim.entry_id, claim.task, str(error))
             log.warning("task buried", extra={"task_id": claim.task.task_id, "reason": str(error)})
