@@ -179,9 +179,14 @@ class Loop:
         self.phases.enter("training")
         training_at = time.time()
         _tell("train", self._trainer.version)
+        self._publishing = None
+        self._is_trained.clear()
         ahead = asyncio.create_task(self._take_ahead(self._trainer.version + 1))
-        with self._watch.during("update"):
-            figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
+        try:
+            with self._watch.during("update"):
+                figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
+        finally:
+            self._is_trained.set()
         self.phases.enter("publishing")
         self._traces.trained(batch, self._trainer.version, training_at)
         self._keep(self._trainer.version, batch)
@@ -192,7 +197,6 @@ class Loop:
                 figures |= {"replicas": float(len(report.updated)), "replicas_dropped": float(len(report.dropped))}
                 figures |= {f"publish_{phase}": seconds for phase, seconds in report.seconds.items()}
         with self._watch.during("wait"):
-            self._is_trained.set()
             await ahead
         depth = await self._ledger.depth()
         names = ("waiting", "running", "trajectories_ready", "dead")
@@ -201,8 +205,6 @@ class Loop:
     def _when_packed(self) -> Callable[[], None]:
         """What the trainer's thread calls when there are new weights: publishing begins, and goes on beside it."""
         loop = asyncio.get_running_loop()
-        self._publishing = None
-        self._is_trained.clear()
 
         async def begin() -> None:
             packed = asyncio.Event()

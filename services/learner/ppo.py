@@ -184,7 +184,7 @@ class Ppo:
             **({"critic_lr": self._lr(last_step, config.critic_lr)} if self._critic else {}),
             **(_norm_metrics("critic_grad_norm", critic_norms) if self._critic else {}),
             "answered_ahead": float(prepared.work.known.sum()),
-            **{f"{part}_s": seconds for part, seconds in watch.lap().items()},
+            **_seconds(watch.lap()),
         }
 
     def _plan(
@@ -355,6 +355,11 @@ class Ppo:
         if actor_tokens:
             means["importance_ess"] = means["importance_mean"] ** 2 / means.pop("importance_squares")
         return means
+
+
+def _seconds(lap: dict[str, float]) -> dict[str, float]:
+    """Of each part, and of the update as a whole."""
+    return {f"{part}_s": seconds for part, seconds in lap.items()} | {"update_s": sum(lap.values())}
 
 
 def _of_share(loss_of: Callable[[MicroBatch, Share], Tensor], share: Share, micro: MicroBatch) -> Tensor:

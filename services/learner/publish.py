@@ -93,7 +93,7 @@ class Publisher:
     ) -> None:
         self._registry, self._settings, self._source = registry, config.weights, source
         self._patience = Patience(config.weights.timeout_s, config.weights.min_mb_per_s * 1e6)
-        self._calls = calls or Calls(httpx.AsyncClient(timeout=PROBE_S), token=config.rollout.control_token)
+        self._calls = calls or Calls(_client(), token=config.rollout.control_token)
         self._enter = enter
         self._snapshot: Snapshot | None = None
         self._packing: asyncio.Task[None] | None = None
@@ -112,8 +112,11 @@ class Publisher:
         if self._files is not None and config.weights.newcomers == "http":
             self._files.serve(config.weights.host, config.weights.http_port, token=config.rollout.control_token)
 
-    async def publish(self, version: int) -> PublishReport:
-        """Pack the present weights as `version` and give them to every replica; failures are in the report."""
+    async def publish(self, version: int, *, packed: asyncio.Event | None = None) -> PublishReport:
+        """Pack the present weights as `version` and give them to every replica; failures are in the report.
+
+        packed: set as soon as the live weights are no longer needed.
+        """
         report = PublishReport(version)
         await self._written()
         if self._snapshot is None:
@@ -125,6 +128,8 @@ class Publisher:
         self._snapshot.begin()
         self._version = version
         self._packing = asyncio.create_task(self._pack(self._snapshot, report))
+        if packed is not None:
+            self._packing.add_done_callback(lambda _: packed.set())
         await self._deliver(replicas, report)
         await self._packing
         await self._tell()
@@ -295,7 +300,8 @@ class Publisher:
         """Send the snapshot while every member receives it. Raises GroupFailedError unless all have it, intact."""
         assert self._snapshot is not None
         plan, cancelled = self._snapshot.plan, threading.Event()
-        deadline_s = self._patience.of(plan.num_bytes)
+        bucket_s = self._patience.of(plan.bucket_bytes)
+        deadline_s = self._patience.of(plan.num_bytes) + 2 * bucket_s  # what stalls must run into the bucket's first
         message = Prepare(
             generation=group.generation,
             version=self._version,
@@ -310,10 +316,8 @@ class Publisher:
             sending = asyncio.sleep(0)
         else:
             # A bucket that is not filled in half the time that replicas wait for one must not become their fault.
-            patience_s = self._patience.of(plan.bucket_bytes) / 2
-            sending = asyncio.to_thread(
-                self._snapshot.send, group.communicator, cancelled=cancelled, patience_s=patience_s
-            )
+            link = group.communicator
+            sending = asyncio.to_thread(self._snapshot.send, link, cancelled=cancelled, patience_s=bucket_s / 2)
         sender = asyncio.create_task(sending)
         calls = {r.replica_id: self._calls.post(r, "prepare", message, deadline_s + PROBE_S) for r in group.members}
         failed, cause = await settle(sender, calls, cancelled=cancelled, grace_s=PROBE_S)
@@ -386,6 +390,11 @@ def _nccl_id() -> str:
     from services.contracts.weights.nccl import make_nccl_id
 
     return make_nccl_id()
+
+
+def _client() -> httpx.AsyncClient:
+    """As many connections as there are replicas: a join answers only once all have joined, and 100 is httpx's limit."""
+    return httpx.AsyncClient(timeout=PROBE_S, limits=httpx.Limits(max_connections=None))
 
 
 def _key(replica: Replica) -> _Key:

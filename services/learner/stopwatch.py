@@ -2,10 +2,12 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+STEP_PARTS = ("wait", "pack", "first_pass", "forward", "backward", "optimiser", "publish", "checkpoint", "other")
 
 
 class Stopwatch:
@@ -55,6 +57,21 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+def step_seconds(of_loop: Mapping[str, float], of_update: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each of STEP_PARTS, and `step_s`, their sum.
+
+    of_loop: a lap whose "update" is the update as a whole. of_update: that one's figures, with its own parts.
+    """
+    parts = dict.fromkeys(STEP_PARTS, 0.0)
+    for part, seconds in of_loop.items():
+        parts[part if part in parts else Stopwatch.REST] += seconds
+    for part in STEP_PARTS:
+        seconds = of_update.get(f"{part}_s", 0.0)
+        parts[part] += seconds
+        parts[Stopwatch.REST] -= seconds
+    return {f"{part}_s": seconds for part, seconds in parts.items()} | {"step_s": sum(parts.values())}
 
 
 def _seconds(since: float | torch.cuda.Event, until: float | torch.cuda.Event) -> float:

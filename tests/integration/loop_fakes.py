@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +45,26 @@ class MemoryTrainer:
         if self.checkpoints and (found := self.checkpoints.latest()):
             self.version, self.next_task, self.books = found[1].version, found[1].next_task, found[1].books
         self.batches: list[list[Trajectory]] = []
+        self.asked: list[list[int]] = []
+        self.staged: list[tuple[int, list[int]]] = []
+        self.ask_tokens = 0
+        self.after_actor: Callable[[], None] = lambda: None  # what the critic's steps would be, in a thread
         self.saved: list[tuple[int, int]] = []
         self.full_disk = 0  # how many saves still fail
 
-    def train(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    def ask(self, trajectories: Sequence[Trajectory]) -> None:
+        self.asked.append([trajectory.task_id for trajectory in trajectories])
+
+    def stage(self, trajectories: Sequence[Trajectory], version: int) -> None:
+        self.staged.append((version, [trajectory.task_id for trajectory in trajectories]))
+
+    def train(
+        self, trajectories: Sequence[Trajectory], *, on_actor: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         self.batches.append(list(trajectories))
         self.version += 1
+        on_actor()
+        self.after_actor()
         return {"policy_loss": 0.0}
 
     def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
@@ -87,7 +101,7 @@ class MemoryPublisher:
         self.version = -1
         self.history: list[int] = []
 
-    async def publish(self, version: int) -> Report:
+    async def publish(self, version: int, *, packed: asyncio.Event | None = None) -> Report:
         self.version = version
         self.history.append(version)
         return Report(updated=["rollout-0"])

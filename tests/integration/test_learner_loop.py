@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from redis.asyncio import Redis
 
 from services.learner import loop as loop_module
 from services.learner.loop import StarvedError
+from services.learner.stopwatch import STEP_PARTS
 
 pytestmark = pytest.mark.integration
 
@@ -163,3 +166,56 @@ async def test_the_next_tasks_are_out_before_the_checkpoint_is_written(redis: Re
     async with rollout(redis, publisher):
         await make_loop(redis, make_config(), trainer, publisher).run()
     assert trainer.saved == [(2, 24), (4, 40), (5, 40)]
+
+
+def in_time(condition: Callable[[], object]) -> None:
+    """Called in a thread: wait until it holds, or fail."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen while the update was under way"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_while_the_critic_learns_weights_are_out_and_the_next_batch_comes_in_and_is_packed(
+    redis: Redis, staleness: int
+) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(max_staleness=str(staleness)), trainer, publisher)
+
+    def critic() -> None:
+        if trainer.version < 5:
+            in_time(lambda: publisher.version == trainer.version)
+            in_time(lambda: trainer.staged and trainer.staged[-1][0] == trainer.version)
+
+    trainer.after_actor = critic
+    async with rollout(redis, publisher):
+        await loop.run()
+    batches = [[trajectory.task_id for trajectory in batch] for batch in trainer.batches]
+    assert trainer.staged == list(enumerate(batches))[1:]
+
+
+async def test_what_has_come_of_a_batch_is_asked_about_once_before_it_is_trained(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    trainer.ask_tokens = 25
+    loop = make_loop(redis, make_config(batch_dialogues="40", minibatch_dialogues="8"), trainer, publisher)
+    async with rollout(redis, publisher):
+        running = asyncio.create_task(loop.run())
+        await running
+    trained = [trajectory.task_id for batch in trainer.batches for trajectory in batch]
+    asked = [task_id for part in trainer.asked for task_id in part]
+    assert len(asked) == len(set(asked)) > 20 and set(asked) <= set(trained)
+
+
+async def test_the_parts_of_a_step_sum_to_the_whole(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    loop = make_loop(redis, make_config(), trainer, publisher)
+    started = time.perf_counter()
+    async with rollout(redis, publisher):
+        await loop.run()
+    lines = [line for _, line in loop._metrics.lines]  # type: ignore[attr-defined]
+    for line in lines:
+        parts = [line[f"{part}_s"] for part in STEP_PARTS]
+        assert sum(parts) == pytest.approx(line["step_s"], rel=1e-9) and min(parts) >= 0
+    assert [line["checkpoint_s"] > 0 for line in lines] == [False, True, False, True, True]
+    assert sum(line["step_s"] for line in lines) < time.perf_counter() - started
