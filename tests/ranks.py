@@ -22,7 +22,7 @@ class RankProcesses:
         common = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "WORLD_SIZE": str(world)}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         self._logs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115 - open until `finish`; a pipe may fill
-        self._processes = [
+        self.processes = [
             subprocess.Popen(
                 [sys.executable, str(TESTS / "integration" / script), *arguments],
                 env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -32,15 +32,21 @@ class RankProcesses:
             for rank in range(world)
         ]
 
-    def finish(self, *, timeout_s: float = 110) -> None:
+    def finish(self, *, timeout_s: float = 240) -> None:
         """Fails, with what they said, unless every rank ends with 0 in time. None is left behind."""
         deadline = time.monotonic() + timeout_s
         try:
-            codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in self._processes]
+            codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
         finally:
-            for process in self._processes:
-                process.kill()
+            said = self.stop()
+        assert not any(codes), "\n".join(said)
+
+    def stop(self) -> list[str]:
+        """Kill those that still run. Returns what each said last."""
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
         said = [log.seek(0) or log.read()[-3000:] for log in self._logs]
         for log in self._logs:
             log.close()
-        assert not any(codes), "\n".join(said)
+        return said

@@ -10,7 +10,11 @@
     masking           leaving dialogues out          samples    a few of each update, for people to read
     schedule          learning rate                  models     actor, critic, frozen reference
     deepspeed_engine  the only file that imports DeepSpeed: engines, optimiser steps, weights for publishing
-    checkpoint        atomic folders, newest n kept  metrics    metrics.jsonl, TensorBoard, Prometheus
+    checkpoint        atomic folders, newest n kept  saver      all ranks' state into one, while training goes on
+    host_copy         a state at one moment          export     the Hugging Face folder and its model card
+    algorithm         what may not change at resume  universal  checkpoints for another number of ranks
+    metrics           metrics.jsonl, TensorBoard, Prometheus
+    liveness          ranks notice that one is lost
     ranks             what the ranks tell each other publish    weights to the replicas
     host              the ranks of one host, where nobody else starts them
     prepare, warmup, arithmetic_model, smollm2       the starting model

@@ -21,7 +21,8 @@ OPERATIONAL: Mapping[str, frozenset[str]] = {
     "model": frozenset({"cache_dir"}),
     "learner": frozenset(
         {
-            "micro_tokens", "max_nonfinite_steps", "zero_stage", "offload_optimizer", "gradient_checkpointing",
+            "micro_tokens", "logits_mb", "max_nonfinite_steps", "zero_stage", "offload_optimizer", "offload_activations",
+            "reference_weights", "gradient_checkpointing",
             "reference_weights", "offload_activations", "logits_mb",
             "processes", "device", "threads", "take_timeout_s", "rank_timeout_s", "checkpoint_every",
             "checkpoint_keep", "checkpoint_best", "checkpoint_async", "dialogues_kept", "dialogues_mb", "metrics_port",
