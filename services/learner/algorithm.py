@@ -21,12 +21,11 @@ OPERATIONAL: Mapping[str, frozenset[str]] = {
     "model": frozenset({"cache_dir"}),
     "learner": frozenset(
         {
-            "micro_tokens", "logits_mb", "max_nonfinite_steps", "zero_stage", "offload_optimizer", "offload_activations",
-            "reference_weights", "gradient_checkpointing",
-            "reference_weights", "offload_activations", "logits_mb",
-            "processes", "device", "threads", "take_timeout_s", "rank_timeout_s", "checkpoint_every",
-            "checkpoint_keep", "checkpoint_best", "checkpoint_async", "dialogues_kept", "dialogues_mb", "metrics_port",
-            "metrics_host", "wandb_project",
+            "checkpoint_async", "checkpoint_best", "checkpoint_every", "checkpoint_keep", "device",
+            "dialogues_kept", "dialogues_mb", "gradient_checkpointing", "logits_mb",
+            "max_nonfinite_steps", "metrics_host", "metrics_port", "micro_tokens", "offload_activations",
+            "offload_optimizer", "processes", "rank_timeout_s", "reference_weights", "take_timeout_s",
+            "threads", "wandb_project", "zero_stage",
         }
     ),
 }  # fmt: skip
