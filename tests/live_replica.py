@@ -42,6 +42,7 @@ class ScriptedEngine:
         self.version, self.broken, self.device = 0, "", "cpu"
         self.tokenizer = build_tokenizer()
         self.num_endless = 0
+        self.transfer = "idle"
         self.samplings: list[Sampling] = []
         self.seeds: list[int] = []
         self.async_llm: Any = ScriptedLLM()
@@ -82,7 +83,9 @@ class ScriptedEngine:
         return [math.nan, *(-float(i) for i in range(1, len(token_ids)))]
 
     async def rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> list[Any]:
-        return [{"state": "staged", "receive_s": 0.25, "digest": "c0ffee", "error": ""}]
+        self.transfer = {"init_weight_transfer_engine": "joined", "update_weights": "staged"}.get(method, self.transfer)
+        times = {"receive_s": 0.25, "fingerprint_s": 0.01}
+        return [{"state": self.transfer, "fingerprint": "c0ffee", "error": "", "kind": "", **times}]
 
 
 class ScriptedLLM:

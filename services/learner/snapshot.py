@@ -58,7 +58,7 @@ class Snapshot:
         try:
             tensors = iter(source)
             for spec, (_, place) in zip(self.plan.specs, self.arena.tensors(self.plan), strict=True):
-                name, tensor = next(tensors)
+                name, tensor = next(tensors, ("nothing more", torch.empty(0)))
                 if (name, dtype_name(tensor.dtype), tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
                     raise ValueError(f"expected {spec}, the source yielded {name} {tensor.dtype} {tuple(tensor.shape)}")
                 place.copy_(tensor)

@@ -106,10 +106,10 @@ class Formation:
 
 
 class Receiver:
-    """One worker's end. device: its GPU, or the CPU. rank: among its replica's workers."""
+    """One worker's end. device: its GPU, or the CPU. rank: among its replica's workers. enter: how to enter a group."""
 
-    def __init__(self, device: torch.device, *, rank: int) -> None:
-        self._device, self._rank = device, rank
+    def __init__(self, device: torch.device, *, rank: int, enter: Callable[..., Communicator] = join_group) -> None:
+        self._device, self._rank, self._enter = device, rank, enter
         self._arena = Arena(HOST)
         self._formation: Formation | None = None
         self._reception: Reception | None = None
@@ -122,7 +122,7 @@ class Receiver:
         if self._arena.device != place:
             self._arena = Arena(place)
         own = join.model_copy(update={"rank": join.rank + self._rank})
-        self._formation = Formation(lambda: join_group(own, device=self._device))
+        self._formation = Formation(lambda: self._enter(own, device=self._device))
 
     def prepare(self, prepare: Prepare) -> None:
         """Begin to receive. Raises TransferError outside a group."""
