@@ -70,7 +70,7 @@ def test_every_combination_is_valid(override: str, profiles: tuple[str, ...]) ->
 def test_only_the_grader_and_the_pages_are_published_and_on_loopback(override: str) -> None:
     services = config(override, ("monitoring", "eval"))["services"]
     published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
-    assert {"grader", "prometheus", "grafana"} <= set(published) <= {"grader", "prometheus", "grafana", "console"}
+    assert set(published) == {"grader", "prometheus", "grafana", "console"}
     assert {port["host_ip"] for ports in published.values() for port in ports} == {"127.0.0.1"}
     networks = config(override)["networks"]
     assert networks["internal"]["internal"] is True
@@ -144,7 +144,12 @@ def test_secrets_are_files_and_the_grader_has_its_own_alone(override: str) -> No
     assert all(set(secret) <= {"name", "file"} for secret in found["secrets"].values())
     services = found["services"]
     assert [secret["source"] for secret in services["grader"]["secrets"]] == ["grader_api_key"]
-    assert [secret["source"] for secret in services["redis"]["secrets"]] == ["redis_password"]
+    for name in ("redis", "console"):
+        assert [secret["source"] for secret in services[name]["secrets"]] == ["redis_password"]
+    for name, service in services.items():
+        mounted = {f"/run/secrets/{secret['source']}" for secret in service.get("secrets", ())}
+        named = {v for key, v in (service.get("environment") or {}).items() if key.endswith("_FILE") and v}
+        assert named <= mounted, name
     for name, service in services.items():
         for key in service.get("environment") or {}:
             is_secret = any(word in key for word in ("PASSWORD", "TOKEN", "API_KEY")) and key != "HF_TOKEN"
