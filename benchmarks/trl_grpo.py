@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-BOX = re.compile(r"\\boxed\{([^}]*)\}")
+BOX = re.compile(r"\\boxed\{([^}]*)")  # the brace that closes it may be the end-of-turn token, which TRL cuts off
 
 
 class Rewards:
