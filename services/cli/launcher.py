@@ -14,6 +14,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+
 from services.cli.preflight import has_checkpoints
 from services.cli.progress import Progress
 from services.cli.services import PROGRAMS, Plan, Programs
@@ -22,6 +24,8 @@ from services.cli.supervisor import ServiceFailed, Supervisor
 from services.contracts.config import ConfigError, RunConfig, to_toml_dict
 from services.contracts.ports import free_port
 
+LOOK_S = 2.0  # for what troubles the learner
+STARTING = "starting"  # what it says itself before its first update
 EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -134,14 +138,35 @@ async def _experiment(
 
 async def _train(config: RunConfig, plan: Plan, supervisor: Supervisor, progress: Progress) -> None:
     progress.doing(f"training: {config.run.steps} steps of {config.learner.batch_dialogues} dialogues")
-    following = asyncio.create_task(progress.follow(config.run_dir / "metrics.jsonl", steps=config.run.steps))
+    watching = [
+        asyncio.create_task(progress.follow(config.run_dir / "metrics.jsonl", steps=config.run.steps)),
+        asyncio.create_task(_tell_trouble(config, progress)),
+    ]
     try:
         await supervisor.unless_failed(
             supervisor.run_group(lambda: plan.learners(master_port=free_port(), resume=has_checkpoints(config.run_dir)))
         )
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
+
+
+async def _tell_trouble(config: RunConfig, progress: Progress) -> None:
+    """Say why the learner makes no progress, and when it does again, until cancelled."""
+    host = config.learner.metrics_host.replace("0.0.0.0", "127.0.0.1")
+    url, told = f"http://{host}:{config.learner.metrics_port}/readyz", ""
+    async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                answer = await client.get(url)
+            except httpx.TransportError:  # it is being started
+                continue
+            trouble = "" if answer.is_success else str(answer.json().get("detail", ""))
+            if trouble != told and STARTING not in (trouble, told):
+                progress.say(f"learner: {trouble or 'goes on'}")
+            told = trouble
 
 
 @contextlib.contextmanager

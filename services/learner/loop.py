@@ -167,7 +167,7 @@ class Loop:
                     await self._save()
             figures |= step_seconds(self._watch.lap(), figures)
             figures["dialogues_per_s"] = len(batch) / figures["step_s"]
-            self._metrics.write(version, figures)
+            await self._write_figures(version, figures)
             log.info("step", extra={"step": version, **figures})
         if self._trainer.version > self._saved_version:
             await self._save(durable=True)
@@ -354,13 +354,8 @@ class Loop:
                     await self._written()
                 break
             except CheckpointError as error:
-                self.trouble = f"paused: {error}"
-                log.error(
-                    "paused until the checkpoint can be written: free some disk space", extra={"error": str(error)}
-                )
-                if self.stop.is_set():
+                if not await self._wait_for_room(error):
                     return time.monotonic() - started
-                await self._pause(RETRY_SAVE_S)
         self.trouble = None
         return time.monotonic() - started
 
@@ -390,6 +385,26 @@ class Loop:
     @property
     def _writing_failed(self) -> bool:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    async def _write_figures(self, version: int, figures: Mapping[str, float]) -> None:
+        """While the disk is full the run waits here too: a run without its metrics is worth little."""
+        while True:
+            try:
+                self._metrics.write(version, figures)
+                break
+            except OSError as error:
+                if not await self._wait_for_room(error):
+                    return
+        self.trouble = None
+
+    async def _wait_for_room(self, error: OSError) -> bool:
+        """The disk refuses: wait a while for somebody to make room. False: asked to stop, which is not waited with."""
+        self.trouble = f"paused: {error}; free some disk space"
+        log.error("paused until the disk takes what is to be written: free some space", extra={"error": str(error)})
+        if self.stop.is_set():
+            return False
+        await self._pause(RETRY_SAVE_S)
+        return True
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -3,8 +3,12 @@
 metrics.jsonl has one line per step; TensorBoard, Prometheus and, where asked for, Weights & Biases get the same.
 """
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +25,9 @@ from services.learner.exported import export
 from services.learner.mismatch import staleness
 
 STEP_AT = Gauge("multiattempt_learner_step_finished_timestamp_seconds", "When the newest step was done, Unix time")
+
+
+log = logging.getLogger(__name__)
 
 
 def summarise(trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
@@ -125,28 +132,56 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         _forget_after(self._path, version)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=version + 1)
+        self._board_folder = str(folder / "tensorboard")
+        self._board: SummaryWriter | None = SummaryWriter(self._board_folder, purge_step=version + 1)
         self._sinks = tuple(sinks)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one step. A figure that is not finite becomes null."""
+        """Append one step. A figure that is not finite becomes null.
+
+        Raises OSError when the disk refuses; then nothing was written, and it may be tried again.
+        """
         line: dict[str, float | None] = {"step": step, "version": step}
         line |= {name: _rounded(value) if math.isfinite(value) else None for name, value in figures.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        _append(self._path, json.dumps(line) + "\n")
+        self._draw(step, figures)
         export({"version": step, **figures})
         STEP_AT.set_to_current_time()
-        self._board.flush()
         for sink in self._sinks:
             sink.log(dict(figures), step=step)
 
+    def _draw(self, step: int, figures: Mapping[str, float]) -> None:
+        """For TensorBoard, which is only looked at: what the disk refuses is missing there, and training goes on."""
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(self._board_folder)
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            log.warning("TensorBoard lacks a step", extra={"step": step, "error": str(error)})
+            self._board = None  # its thread has ended
+
     def close(self) -> None:
         """Flush and close."""
-        self._board.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
         for sink in self._sinks:
             sink.finish()
+
+
+def _append(path: Path, line: str) -> None:
+    """All of the line, or nothing and OSError."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            file.write(line.encode())
+            if file.tell() < size + len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _rounded(value: float) -> float:

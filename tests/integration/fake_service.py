@@ -38,6 +38,8 @@ def main() -> int:
         time.sleep(300)
     if kind in ("grader", "rollout"):
         serve(int(flags[flags.index("--port") + 1]) if "--port" in flags else config["grader"]["port"])
+    if behaviour == "paused":
+        serve(config["learner"]["metrics_port"], trouble="paused: no room")
     if kind == "learner":
         rows = [{"step": step, "version": step, "reward": 0.5, "step_s": 0.1} for step in (1, 2)]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,11 +52,12 @@ def note_pid(run_dir: Path, kind: str, pid: int) -> None:
     (run_dir / "pids" / str(pid)).write_text(kind)
 
 
-def serve(port: int) -> None:
+def serve(port: int, trouble: str = "") -> None:
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(503 if trouble else 200)
             self.end_headers()
+            self.wfile.write(json.dumps({"detail": trouble}).encode())
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()

@@ -113,8 +113,12 @@ class MemoryPublisher:
 class MemoryMetrics:
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.full_disk = 0  # how many writes still fail
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        if self.full_disk:
+            self.full_disk -= 1
+            raise OSError(errno.ENOSPC, "disk full")
         self.lines.append((step, dict(figures)))
 
 

@@ -194,6 +194,14 @@ def test_a_service_that_was_ready_once_is_started_again_whatever_it_misses_then(
     assert not run.left_behind()
 
 
+def test_what_keeps_the_learner_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, "--evaluation.enabled", "false", learner="paused")
+    lines: list[str] = []
+    wait_for(lambda: (lines.append(run.process.stdout.readline()), "learner: paused: no room" in lines[-1])[1])
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 143
+
+
 def test_a_second_launcher_of_the_same_run_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, "--evaluation.enabled", "false", learner="hang")
     wait_for((run.dir / "learner-hangs").exists)

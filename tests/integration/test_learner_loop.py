@@ -126,6 +126,20 @@ async def test_a_full_disk_pauses_the_run_until_there_is_space(redis: Redis, mon
     assert [version for version, _ in trainer.saved] == [2, 4, 5] and loop.trouble is None
 
 
+async def test_a_full_disk_pauses_the_run_at_its_metrics_too(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "RETRY_SAVE_S", 0.3)
+    publisher = MemoryPublisher()
+    loop = make_loop(redis, make_config(), MemoryTrainer(), publisher)
+    loop._metrics.full_disk = 2
+    async with rollout(redis, publisher):
+        running = asyncio.create_task(loop.run())
+        while loop.trouble is None or "paused" not in loop.trouble:
+            await asyncio.sleep(0.01)
+        assert "free some disk space" in loop.trouble
+        await running
+    assert [step for step, _ in loop._metrics.lines] == [1, 2, 3, 4, 5] and loop.trouble is None
+
+
 async def test_a_batch_that_never_fills_is_an_error_that_says_how_far_it_came(redis: Redis) -> None:
     loop = make_loop(redis, make_config(take_timeout_s="0.5"), MemoryTrainer(), MemoryPublisher())
     with pytest.raises(StarvedError, match="batch 0: 0 of 8 dialogues"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,3 +91,38 @@ def test_without_its_package_it_is_one_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"learner.wandb_project: .* pip install wandb"):
         weights_and_biases(asked_for(tmp_path, "attempts"))
+
+
+def test_a_disk_without_room_takes_a_whole_line_later_or_none(tmp_path: Path) -> None:
+    metrics, path = Metrics(tmp_path, version=0), tmp_path / "metrics.jsonl"
+    metrics.write(1, {"reward": 0.5})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))  # half a line has room
+    try:
+        with pytest.raises(OSError, match=r"No space left|too large"):
+            metrics.write(2, {"reward": 0.75})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    metrics.write(2, {"reward": 0.75})
+    metrics.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["reward"]) for line in lines] == [(1, 0.5), (2, 0.75)]
+
+
+def test_what_tensorboard_cannot_write_is_missing_there_alone(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, version=0)
+
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    metrics._board.close()
+    metrics._board = Full()
+    metrics.write(1, {"reward": 0.5})
+    metrics.write(2, {"reward": 0.75})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("reward")] == [2]
