@@ -47,7 +47,7 @@ def build(scratch: Path) -> None:
         folder = scratch / "base"
         folder.mkdir()
         shutil.copy(wheel, folder)
-        told = r'RUN printf "find-links = /opt/wheels\\n" >> /etc/pip.conf'
+        told = r'RUN printf "find-links = /opt/wheels\n" >> /etc/pip.conf'
         (folder / "Dockerfile").write_text(f"FROM {PYTHON}\nCOPY *.whl /opt/wheels/\n{told}\n", encoding="utf-8")
         docker("build", "-t", TORCH_BASE, str(folder), timeout_s=BUILD_TIMEOUT_S)
         arguments += ["--build-arg", f"BUILD_IMAGE={TORCH_BASE}", "--build-arg", "TORCH_INDEX="]
