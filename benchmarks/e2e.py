@@ -86,13 +86,14 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cases", nargs="*", choices=[*CASES, "trl"], default=[*CASES, "trl"])
+    parser.add_argument("--start", type=Path, help="the model to start from, instead of making it")
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl" / "bin" / "python")
     arguments = parser.parse_args()
     found: dict[tuple[str, str], list[Speed]] = {}
     for name in MODELS if arguments.model == "all" else [arguments.model]:
         with tempfile.TemporaryDirectory(prefix="bench-e2e-") as temporary:
             folder = Path(temporary)
-            start = starting_model(name, folder)
+            start = arguments.start or starting_model(name, folder)
             for number in range(arguments.rounds):
                 for case in arguments.cases:
                     place = folder / f"{number}-{case.replace(', ', '-')}"
