@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench-exactness: setup-dev ## sampled log-probabilities against plain transforme
 
 bench-learner: setup-dev ## a PPO step against a plain PyTorch loop, rows of dialogues against padded ones (MODEL=demo, tinyqwen, smollm2)
 	$(BIN)/python -m benchmarks.learner --model $(or $(MODEL),all)
+
+bench-sync: setup-dev ## weight transfers to 1 to 4 replicas against the bare broadcast; what requests in flight wait
+	$(BIN)/python -m benchmarks.sync
 
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger
