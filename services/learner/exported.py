@@ -63,5 +63,6 @@ def export(figures: Mapping[str, float]) -> None:
     for figure, value in figures.items():
         name, labels = metric_of(figure)
         if name not in _gauges:
-            _gauges[name] = Gauge(name, f"Of the newest step: {figure} of metrics.jsonl", list(labels))
+            told = f"by {', '.join(labels)}" if labels else f"{figure} of metrics.jsonl"
+            _gauges[name] = Gauge(name, f"Of the newest step: {told}", list(labels))
         (_gauges[name].labels(**labels) if labels else _gauges[name]).set(value)

@@ -31,6 +31,8 @@ export function ticks(low, high, count) {
 export const number = (digits) => (value) => (value == null ? "–" : short(value, digits));
 export const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(1)} %`);
 
+export const percentTick = (value) => `${Number((100 * value).toPrecision(3))} %`;
+
 function short(value, digits) {
   const size = Math.abs(value);
   if (size >= 1e6) return `${(value / 1e6).toPrecision(3)} M`;

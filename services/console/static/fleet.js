@@ -1,6 +1,6 @@
 // Who is there now: learner, replicas, ledger, the last warnings; and the last minutes as curves.
 
-import { Charts, number, percent } from "./charts.js";
+import { Charts, number, percent, percentTick } from "./charts.js";
 import { ago, at, make } from "./page.js";
 
 const KEPT_S = 600;
@@ -27,7 +27,7 @@ export class Fleet {
     this.curves = make("div", "charts");
     const past = { xUnit: " s", tick: (value) => String(Number(value.toPrecision(3))) };
     this.charts.add({ ...past, title: "Sampled tokens", unit: "per second, all replicas", format: number(0), zero: true, series: [{ label: "sampled", value: (row) => row.tokens }] }, this.curves);
-    this.charts.add({ ...past, title: "Idle shares", unit: "% of the last seconds", format: percent, tick: (value) => `${Math.round(100 * value)} %`, zero: true, one: true, series: [
+    this.charts.add({ ...past, title: "Idle shares", unit: "% of the last seconds", format: percent, tick: percentTick, zero: true, one: true, series: [
       { label: "replicas: no task", value: (row) => row.tasks }, { label: "replicas: verdicts", value: (row) => row.grading }, { label: "learner: waiting", value: (row) => row.waiting }] }, this.curves);
     this.charts.add({ ...past, title: "Queues", unit: "tasks and trajectories", format: number(0), zero: true, series: [
       { label: "waiting", value: (row) => row.queued }, { label: "running", value: (row) => row.running }, { label: "ready", value: (row) => row.ready }] }, this.curves);
@@ -52,7 +52,7 @@ export class Fleet {
     const sum = (name) => signs.reduce((total, figures) => total + (figures[name] ?? 0), 0);
     const mean = (name) => (signs.length ? sum(name) / signs.length : null);
     this.history.push({ at: live.at, tokens: signs.length ? sum("tokens_per_s") : null, tasks: mean("share_idle_tasks"), grading: mean("share_idle_grading"),
-      waiting: vitals.get("learner")?.share_waiting ?? null, queued: live.depth.waiting, running: live.depth.running, ready: live.depth.trajectories_ready });
+      waiting: vitals.has("learner") ? vitals.get("learner").share_waiting ?? 0 : null, queued: live.depth.waiting, running: live.depth.running, ready: live.depth.trajectories_ready });
     while (this.history[0].at < live.at - KEPT_S) this.history.shift();
   }
 

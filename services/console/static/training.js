@@ -1,6 +1,6 @@
 // The curves of a run and its newest figures.
 
-import { Charts, number, percent } from "./charts.js";
+import { Charts, number, percent, percentTick } from "./charts.js";
 import { at, duration, make } from "./page.js";
 
 const FAMILY = /^accuracy_attempt_(\d+)$/;
@@ -8,7 +8,6 @@ const KEPT = 6000; // rows on the page
 const figure = (name) => (row) => row[name];
 const share = (name) => (row) => (row.step_s > 0 && row[name] != null ? row[name] / row.step_s : null);
 const lines = (...pairs) => pairs.map(([label, name]) => ({ label, value: figure(name) }));
-const wholePercent = (value) => `${Math.round(100 * value)} %`;
 const plain = (value) => String(Number(value.toPrecision(4)));
 
 function byAttempt(rows) {
@@ -20,18 +19,18 @@ function byAttempt(rows) {
 
 const SPECS = [
   { title: "Reward", unit: "per dialogue", format: number(3), tick: plain, series: lines(["mean", "reward"]) },
-  { title: "Accuracy by attempt", unit: "% of those made", format: percent, tick: wholePercent, zero: true, one: true, series: byAttempt },
+  { title: "Accuracy by attempt", unit: "% of those made", format: percent, tick: percentTick, zero: true, one: true, series: byAttempt },
   { title: "Response length", unit: "sampled tokens per dialogue", format: number(1), tick: plain, zero: true, series: lines(["mean", "response_tokens"], ["longest", "response_tokens_max"]) },
   { title: "KL divergence", unit: "nats per token", format: number(4), tick: plain, zero: true, series: lines(["to the reference", "kl_ref"], ["to the sampling policy", "kl_behaviour"], ["within the update", "kl_old"]) },
   { title: "Staleness", unit: "versions behind", format: number(2), tick: plain, zero: true, series: lines(["mean", "staleness_mean"], ["oldest", "staleness_max"]) },
   { title: "Throughput", unit: "dialogues / s", format: number(1), tick: plain, zero: true, series: lines(["trained", "dialogues_per_s"]) },
-  { title: "The learner's time", unit: "% of each step", format: percent, tick: wholePercent, zero: true, one: true,
+  { title: "The learner's time", unit: "% of each step", format: percent, tick: percentTick, zero: true, one: true,
     series: [{ label: "waiting for dialogues", value: share("wait_s") }, { label: "training", value: (row) => (row.step_s > 0 && row.update_s != null ? (row.update_s + (row.prepare_s ?? 0)) / row.step_s : null) },
       { label: "publishing", value: share("publish_s") }, { label: "saving", value: share("checkpoint_s") }] },
   { title: "Step time", unit: "seconds", format: number(2), tick: plain, zero: true, series: lines(["whole", "step_s"], ["publishing weights", "publish_s"]) },
   { title: "Where a dialogue's time goes", unit: "seconds, mean", format: number(2), tick: plain, zero: true, series: lines(["sampling", "generate_s"], ["waiting for verdicts", "grade_s"]) },
   { title: "Entropy", unit: "nats per token", format: number(3), tick: plain, zero: true, series: lines(["policy", "entropy"]) },
-  { title: "Without an answer, cut off", unit: "%", format: percent, tick: wholePercent, zero: true, series: lines(["no answer", "no_answer"], ["cut off", "truncated"]) },
+  { title: "Without an answer, cut off", unit: "%", format: percent, tick: percentTick, zero: true, series: lines(["no answer", "no_answer"], ["cut off", "truncated"]) },
   { title: "Gradient norm", unit: "before clipping", format: number(3), tick: plain, zero: true, series: lines(["actor", "grad_norm"], ["critic", "critic_grad_norm"]) },
   { title: "Loss", unit: "per token", format: number(4), tick: plain, series: lines(["policy", "policy_loss"], ["value", "value_loss"]) },
   { title: "Discarded", unit: "dialogues per step", format: number(0), tick: plain, zero: true, series: lines(["dropped", "dropped"], ["too old", "dropped_stale"], ["masked", "masked_dialogues"]) },
