@@ -45,6 +45,8 @@ LIGHT = [
     "services.learner.__main__",
     "services.evaluation.__main__",
     "services.cli.__main__",
+    "services.console.app",
+    "services.console.__main__",
 ]
 
 
