@@ -169,7 +169,7 @@ def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"TRL failed: {done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][WARM_UP:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')][WARM_UP:]
     seconds, generating = ([line[part] for line in lines] for part in ("seconds", "generate_s"))
     parts = {"generate": statistics.fmean(generating), "rest": statistics.fmean(seconds) - statistics.fmean(generating)}
     tokens = statistics.fmean(line["tokens"] for line in lines)

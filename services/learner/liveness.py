@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Protocol
 
 BEATS_PER_TIMEOUT = 5
@@ -29,9 +28,6 @@ class Store(Protocol):
     def get(self, key: str) -> bytes:
         """Read; waits until the key exists."""
 
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Deadline of each call."""
-
 
 class Liveness:
     """Watches from `start` to `stop`. store: used by nobody else. on_loss: told why; must not return normally.
@@ -45,9 +41,15 @@ class Liveness:
         self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._watched = [other for other in range(world) if other != 0] if rank == 0 else [0]
         self._on_loss = on_loss or end_process
+        self._beat_s = min(timeout_s / BEATS_PER_TIMEOUT, LONGEST_BEAT_S)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
-        store.set_timeout(timedelta(seconds=timeout_s))
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the last beat of those watched, and when it was new
+        self._answered = 0.0  # when the store last did
+        # Two threads: the store's calls know no deadline when the process that serves it is stopped.
+        self._threads = [
+            threading.Thread(target=work, name=f"liveness-{work.__name__.strip('_')}", daemon=True)
+            for work in (self._beat, self._watch)
+        ]
 
     def announce(self) -> None:
         """Write this rank's first beat."""
@@ -55,36 +57,49 @@ class Liveness:
 
     def start(self) -> None:
         """Begin to count and to watch."""
-        self._thread.start()
+        self._answered = time.monotonic()
+        self._seen = {other: (b"", self._answered) for other in self._watched}
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Watch no more: the others may end now. Waits for a call under way."""
         self._stop.set()
-        self._thread.join(self._timeout_s)
+        for thread in self._threads:
+            thread.join(self._timeout_s)
 
-    def _run(self) -> None:
-        seen = {other: (b"", time.monotonic()) for other in self._watched}
-        beat_s = min(self._timeout_s / BEATS_PER_TIMEOUT, LONGEST_BEAT_S)
+    def _beat(self) -> None:
         beat = 0
-        while not self._stop.wait(beat_s):
+        while not self._stop.wait(self._beat_s):
             beat += 1
             try:
                 self._store.set(_key(self._rank), str(beat))
                 for other in self._watched:
-                    value, now = self._store.get(_key(other)), time.monotonic()
-                    if value != seen[other][0]:
-                        seen[other] = value, now
+                    value = self._store.get(_key(other))
+                    if value != self._seen[other][0]:
+                        self._seen[other] = value, time.monotonic()
             except RuntimeError as error:
-                if not self._stop.is_set():
-                    self._on_loss(f"the ranks' store does not answer ({str(error).splitlines()[0]})")
+                self._lose(f"the ranks' store does not answer ({str(error).splitlines()[0]})")
                 return
-            silent = [other for other, (_, since) in seen.items() if time.monotonic() - since > self._timeout_s]
-            if silent and not self._stop.is_set():
-                self._on_loss(
-                    f"rank {', '.join(map(str, silent))} gave no sign of life for {self._timeout_s:g} s "
-                    "(learner.rank_timeout_s)"
+            self._answered = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._beat_s):
+            oldest = time.monotonic() - self._timeout_s
+            silent = [str(other) for other, (_, since) in self._seen.items() if since < oldest]
+            if self._answered < oldest:
+                self._lose(f"the ranks' store has not answered for {self._timeout_s:g} s (learner.rank_timeout_s)")
+                return
+            if silent:
+                self._lose(
+                    f"rank {', '.join(silent)} gave no sign of life for {self._timeout_s:g} s (learner.rank_timeout_s)"
                 )
                 return
+
+    def _lose(self, reason: str) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            self._on_loss(reason)
 
 
 def end_process(reason: str) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from datetime import timedelta
 
 from services.learner.liveness import Liveness
 
@@ -13,6 +12,8 @@ class Memory:
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.is_gone = False
+        self.answers = threading.Event()
+        self.answers.set()
 
     def set(self, key: str, value: str) -> None:
         if self.is_gone:
@@ -20,10 +21,8 @@ class Memory:
         self.values[key] = value.encode()
 
     def get(self, key: str) -> bytes:
+        self.answers.wait(20)
         return self.values[key]
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        assert timeout.total_seconds() == TIMEOUT_S
 
 
 class Watch:
@@ -60,3 +59,13 @@ def test_a_store_that_is_gone_is_a_loss_but_not_once_the_watch_is_over() -> None
     assert watch.lost.wait(20) and watch.reason.endswith("(Connection reset by peer)")
     time.sleep(TIMEOUT_S)
     assert not over.lost.is_set()
+
+
+def test_a_store_that_does_not_answer_is_a_loss_although_its_calls_have_no_deadline() -> None:
+    store = Memory()
+    watch = Watch(store, 1, world=2)
+    store.set("alive/0", "0")
+    store.answers.clear()  # the process that serves it is stopped
+    watch.liveness.start()
+    assert watch.lost.wait(10) and "store has not answered for 0.5 s" in watch.reason
+    store.answers.set()
