@@ -13,6 +13,7 @@ is the peak of a process (GPU: of the allocator) that does one side only. The di
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -54,6 +55,7 @@ from services.learner.stopwatch import STEP_PARTS
 
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS = 3
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `Ranks.join` sets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
 COMMON = ("--learner.mismatch_limit=0", "--learner.lr=1e-6", "--learner.critic_lr=1e-6")
 
@@ -409,7 +411,8 @@ def measure(name: str, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _peak_mib(name: str, which: str, flags: Sequence[str], folder: str) -> float:
     command = [sys.executable, "-m", "benchmarks.learner", "--model", name, "--peak", which, "--folder", folder]
-    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name not in GROUP}
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return float(done.stdout.split()[-1])

@@ -6,6 +6,8 @@
     first_pass        what comes before them: old log-probabilities, values, reference, advantages
     sampler           task number -> task            batch      trajectories -> arrays, minibatches, micro-batches
     advantage         GAE, group-relative, whitening losses     policy and value losses as token sums
+    attention         dialogues packed into one row  token_head log-probabilities, the logits never whole in fp32
+    stopwatch         where a step's time goes       offload    activations in host memory
     kl                k1, k2, k3, adaptive           mismatch   what was sampled against what is trained
     masking           leaving dialogues out          samples    a few of each update, for people to read
     schedule          learning rate                  models     actor, critic, frozen reference
