@@ -55,6 +55,7 @@ from services.learner.stopwatch import STEP_PARTS
 
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS = 3
+SIDES = ("packed", "plain", "padded")
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `Ranks.join` sets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
 COMMON = ("--learner.mismatch_limit=0", "--learner.lr=1e-6", "--learner.critic_lr=1e-6")
@@ -88,8 +89,8 @@ MODELS = {
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
         "SmolLM2-135M",
-        ("--learner.batch_dialogues=16", "--learner.minibatch_dialogues=16"),
-        "smollm2", 16,
+        ("--learner.batch_dialogues=8", "--learner.minibatch_dialogues=8"),
+        "smollm2", 8,
     ),
     "smollm2-gpu": Model(
         "configs/smollm2-cpu.toml",
@@ -363,8 +364,8 @@ class _Nothing:
         self.device = device
 
 
-def measure(name: str, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The claims of one model."""
+def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The claims of one model; cases: "speed", "memory" or both."""
 
     def claim(case: str, ours: float, against: float, unit: str) -> dict[str, Any]:
         numbers = {
@@ -375,38 +376,44 @@ def measure(name: str, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
         return {"benchmark": "learner", "case": f"{name}: {case}", **numbers, "unit": unit}
 
     with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
-        bench = Bench(name, flags, Path(folder))
-        sides = {which: bench.side(which) for which in ("packed", "plain", "padded")}
-        for run in sides.values():
-            run()
-        times: dict[str, list[float]] = {which: [] for which in sides}
-        parts: list[dict[str, float]] = []
-        for _ in range(NUM_ROUNDS):
-            for which, run in sides.items():
-                times[which].append(run())
-                if which == "packed":
-                    assert bench.packed is not None
-                    parts.append(bench.packed.figures)
-        took = {which: statistics.median(seconds) for which, seconds in times.items()}
-        rate = {which: bench.tokens / seconds for which, seconds in took.items()}
-        print(f"{name}: {len(bench.batch)} dialogues, {bench.tokens} tokens; seconds of each round: {times}")
-        whole = statistics.median(line["update_s"] for line in parts)
-        for part in STEP_PARTS:
-            if f"{part}_s" in parts[0]:
-                seconds = statistics.median(line[f"{part}_s"] for line in parts)
-                print(f"{name}: {part:10} {seconds:8.3f} s  {seconds / whole:6.1%}")
-        yield claim("a full PPO step against a plain loop", rate["packed"], rate["plain"], "tokens/s")
-        yield claim("packed against padded", rate["packed"], rate["padded"], "tokens/s")
-        if bench.device.type == "cuda":
-            card = torch.cuda.get_device_name()
-            peak = next((flops for key, flops in PEAK_FLOPS.items() if key in card), None)
-            if peak:
-                used = {which: bench.flops() / seconds / peak for which, seconds in took.items()}
-                yield claim(f"model FLOP utilisation, {card}", used["packed"], used["plain"], "of the peak")
-        bench.ranks.leave()
-        peaks = {which: _peak_mib(name, which, flags, folder) for which in sides}
-        yield claim("peak memory against a plain loop", peaks["packed"], peaks["plain"], "MiB")
-        yield claim("peak memory, packed against padded", peaks["packed"], peaks["padded"], "MiB")
+        if "speed" in cases:
+            yield from _speed(name, Bench(name, flags, Path(folder)), claim)
+        if "memory" in cases:
+            peaks = {which: _peak_mib(name, which, flags, folder) for which in SIDES}
+            yield claim("peak memory against a plain loop", peaks["packed"], peaks["plain"], "MiB")
+            yield claim("peak memory, packed against padded", peaks["packed"], peaks["padded"], "MiB")
+
+
+def _speed(name: str, bench: Bench, claim: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    print(f"{name}: {len(bench.batch)} dialogues, {bench.tokens} tokens", flush=True)
+    sides = {which: bench.side(which) for which in SIDES}
+    for run in sides.values():
+        run()
+    times: dict[str, list[float]] = {which: [] for which in sides}
+    parts: list[dict[str, float]] = []
+    for _ in range(NUM_ROUNDS):
+        for which, run in sides.items():
+            times[which].append(run())
+            print(f"{name}: {which:6} {times[which][-1]:8.3f} s", flush=True)
+            if which == "packed":
+                assert bench.packed is not None
+                parts.append(bench.packed.figures)
+    took = {which: statistics.median(seconds) for which, seconds in times.items()}
+    rate = {which: bench.tokens / seconds for which, seconds in took.items()}
+    whole = statistics.median(line["update_s"] for line in parts)
+    for part in STEP_PARTS:
+        if f"{part}_s" in parts[0]:
+            seconds = statistics.median(line[f"{part}_s"] for line in parts)
+            print(f"{name}: {part:10} {seconds:8.3f} s  {seconds / whole:6.1%}")
+    yield claim("a full PPO step against a plain loop", rate["packed"], rate["plain"], "tokens/s")
+    yield claim("packed against padded", rate["packed"], rate["padded"], "tokens/s")
+    if bench.device.type == "cuda":
+        card = torch.cuda.get_device_name()
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in card), None)
+        if peak:
+            used = {which: bench.flops() / seconds / peak for which, seconds in took.items()}
+            yield claim(f"model FLOP utilisation, {card}", used["packed"], used["plain"], "of the peak")
+    bench.ranks.leave()
 
 
 def _peak_mib(name: str, which: str, flags: Sequence[str], folder: str) -> float:
@@ -421,6 +428,7 @@ def _peak_mib(name: str, which: str, flags: Sequence[str], folder: str) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--cases", default="speed,memory", help="one of them, or both")
     parser.add_argument("--peak", choices=["packed", "plain", "padded"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
@@ -433,7 +441,9 @@ def main() -> None:
     names = (*ON_CPU, *(ON_GPU if torch.cuda.is_available() else ())) if arguments.model == "all" else [arguments.model]
     claims: list[dict[str, Any]] = []
     for name in names:
-        claims += measure(name, [*flags, *(["--learner.device=cpu"] if name in ON_CPU else [])])
+        claims += measure(
+            name, [*flags, *(["--learner.device=cpu"] if name in ON_CPU else [])], arguments.cases.split(",")
+        )
     for line in claims:
         print(json.dumps(line))
 
