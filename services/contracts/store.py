@@ -42,10 +42,41 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+_refusals: list[str] = []  # why, of each command that waits for room now
+
+
+def refusal() -> str | None:
+    """Why commands of this process wait: Redis has no room left. None when none does."""
+    return _refusals[-1] if _refusals else None
+
+
+class _Patience:
+    """How long one command is tried again."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s, self._deadline = patience_s, time.monotonic() + patience_s
+        self._refusal: str | None = None
+
+    def allows(self, pause_s: float, error: Exception) -> bool:
+        """Whether to try again in `pause_s`, after this error."""
+        if is_full(error) and self._refusal is None:
+            self._refusal = f"paused: Redis has no room left and refuses to write ({error}); free some disk or memory"
+            _refusals.append(self._refusal)
+            log.warning("Redis has no room left and refuses to write; waiting", extra={"error": str(error)})
+        if is_full(error):
+            self._deadline = time.monotonic() + self._patience_s
+        return is_full(error) or time.monotonic() + pause_s <= self._deadline
+
+    def end(self) -> None:
+        """It is tried no more."""
+        if self._refusal is not None:
+            _refusals.remove(self._refusal)
+
+
 class PatientRetry(Retry):
     """Retry with exponential back-off (50 ms to 1 s) until `patience_s` has passed since the command was first tried.
 
-    A server whose disk or memory is full is waited for without end: it answers, and says so in the log meanwhile.
+    A server whose disk or memory is full is waited for without end (`refusal` says so meanwhile): it answers.
 
     redis-py counts attempts, and nests one such loop (connecting) inside another (sending): N becomes N^2. A clock
     bounds both. A command may therefore run twice when its reply was lost, so all of ours are safe to repeat.
@@ -67,42 +98,47 @@ class PatientRetry(Retry):
         with_failure_count: bool = False,  # noqa: FBT001, FBT002 (redis-py's signature)
     ) -> _T:
         """Await `do()`; on a lost connection or a timeout call `fail` (which disconnects) and try again."""
-        deadline = time.monotonic() + self._patience_s
-        cancellations = _cancellations()
+        patience, cancellations = _Patience(self._patience_s), _cancellations()
         failures = 0
-        while True:
-            try:
-                result = await do()
-                if _cancellations() > cancellations:
-                    raise asyncio.CancelledError
-                return result
-            except self._supported_errors as error:
-                if _is_lasting(error):
+        try:
+            while True:
+                try:
+                    result = await do()
+                    if _cancellations() > cancellations:
+                        raise asyncio.CancelledError
+                    return result
+                except self._supported_errors as error:
+                    if _is_lasting(error):
+                        if _cancellations() > cancellations:
+                            raise asyncio.CancelledError from error
+                        raise
+                    if is_retryable and not is_retryable(error):
+                        raise
+                    failures += 1
+                    await (fail(error, failures) if with_failure_count else fail(error))
+                    pause_s = self._backoff.compute(failures)
                     if _cancellations() > cancellations:
                         raise asyncio.CancelledError from error
-                    raise
-                if is_retryable and not is_retryable(error):
-                    raise
-                failures += 1
-                await (fail(error, failures) if with_failure_count else fail(error))
-                pause_s = self._backoff.compute(failures)
-                if _cancellations() > cancellations:
-                    raise asyncio.CancelledError from error
-                if time.monotonic() + pause_s > deadline:
-                    if not is_full(error):
+                    if not patience.allows(pause_s, error):
                         raise
-                    log.warning("Redis has no room left and refuses to write; waiting", extra={"error": str(error)})
-                    deadline = time.monotonic() + self._patience_s
-                await asyncio.sleep(pause_s)
+                    await asyncio.sleep(pause_s)
+        finally:
+            patience.end()
 
 
 class _Pool(BlockingConnectionPool):
     """Mends the same lost cancellations while a new connection introduces itself, which no `Retry` surrounds."""
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
-        """A connection that is ready."""
+        """A connection that is ready. While commands that Redis has no room for hold them all, it is waited for."""
         cancellations = _cancellations()
-        connection = await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+        while True:
+            try:
+                connection = await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+                break
+            except ConnectionError:
+                if refusal() is None:
+                    raise
         if _cancellations() > cancellations:
             await self.release(connection)
             raise asyncio.CancelledError

@@ -114,7 +114,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.contracts.observations import Figure, Observations, Reporter
     from services.contracts.problems import load_problems
     from services.contracts.registry import Registry
-    from services.contracts.store import connect
+    from services.contracts.store import connect, refusal
     from services.contracts.telemetry import serve_health
     from services.contracts.tracing import close_tracing, configure_tracing
     from services.learner.loop import Loop
@@ -168,11 +168,13 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         phases=loop.phases,
         version=lambda: trainer.version,
         collected=lambda: loop.collected,
-        trouble=lambda: loop.trouble,
+        trouble=lambda: loop.trouble or refusal(),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, loop.stop.set)
-    health = serve_health(lambda: loop.trouble, host=config.learner.metrics_host, port=config.learner.metrics_port)
+    health = serve_health(
+        lambda: loop.trouble or refusal(), host=config.learner.metrics_host, port=config.learner.metrics_port
+    )
     log.info("learner started", extra={"version": trainer.version, "metrics_port": health.port})
     try:
         async with reporter:

@@ -86,6 +86,7 @@ class LiveRun:
 
     folder: Path  # the run's
     launcher: subprocess.Popen[bytes]
+    terminal_path: Path
     kills: list[Kill] = field(default_factory=list)
     outages: dict[str, list[Outage]] = field(default_factory=dict)
     digests: list[tuple[float, str, int, str]] = field(default_factory=list)  # Unix time, replica, version, digest
@@ -158,7 +159,7 @@ class LiveRun:
 
     def terminal(self) -> str:
         """What the user has seen."""
-        return (self.folder.parent / f"{self.folder.name}.terminal").read_text()
+        return self.terminal_path.read_text()
 
     # Waiting
 
@@ -324,19 +325,22 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def live_run(folder: Path, *flags: str) -> Iterator[LiveRun]:
-    """A run in `folder`, from its start until everything of it has ended. flags: settings, `--section.key=value`."""
+def live_run(folder: Path, *flags: str, terminal: Path | None = None) -> Iterator[LiveRun]:
+    """A run in `folder`, from its start until everything of it has ended.
+
+    flags: settings, `--section.key=value`. terminal: file for what a user would see, by default in the folder too.
+    """
     model = folder / "model"
     if not model.exists():
         save_model(model)
     command = [sys.executable, "-m", "services.cli", "train", str(CONFIG), f"--run.dir={folder}"]
     command += [f"--model.path={model}", *flags]
-    name = next((flag.partition("=")[2] for flag in flags if flag.startswith("--run.name=")), "chaos")
-    with (folder / f"{name}.terminal").open("wb") as terminal:
+    terminal = terminal or folder / "terminal"
+    with terminal.open("wb") as file:
         launcher = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=file, stdin=subprocess.DEVNULL
         )
-    run = LiveRun(folder / name, launcher)
+    run = LiveRun(folder / "chaos", launcher, terminal)
     run.begin()
     try:
         run.until((run.folder / "config.json").exists, what="the run's folder")

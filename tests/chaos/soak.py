@@ -22,8 +22,9 @@ from pathlib import Path
 from live_run import Line, LiveRun, live_run
 
 SYNC = tuple(f"publish: {phase}" for phase in ("pack", "form", "prepare", "commit"))
-CHECKPOINT = ("checkpoint: close the books", "checkpoint: write", "checkpoint: acknowledge")
+CHECKPOINT = ("checkpoint: close the books", "checkpoint: copy", "checkpoint: acknowledge")
 FILES = {  # further moments of a checkpoint, seen on the disk
+    "checkpoint: write": "checkpoints/.partial-*/actor",
     "checkpoint: flush": "checkpoints/.partial-*/manifest.json",
     "checkpoint: renamed": "checkpoints/v*/manifest.json",
 }

@@ -96,8 +96,8 @@ async def test_a_killed_learner_repeats_the_same_updates_to_the_bit(
     await redis.flushall()
 
     async with rollout(redis):
-        learner = start(config)
-        await until(lambda: len(figures(config)) >= LAST - 1, learner)  # update 5, which no checkpoint has
+        learner, newest = start(config), config.run_dir / "checkpoints" / "v00000004"
+        await until(lambda: len(figures(config)) >= LAST - 1 and newest.exists(), learner)  # 5 is in no checkpoint
         os.kill(learner.pid, signal.SIGKILL)
         await finish(learner)
         assert [path.name for path in (config.run_dir / "checkpoints").glob("v*")] == ["v00000004"]

@@ -15,7 +15,7 @@ from redis.exceptions import (
 )
 
 from services.contracts.config import ConfigError
-from services.contracts.store import PatientRetry, connect, masked
+from services.contracts.store import PatientRetry, connect, masked, refusal
 
 
 async def _nothing(_: Exception) -> None:
@@ -103,15 +103,18 @@ async def test_a_server_that_refuses_to_write_for_now_is_waited_for(passing: Res
 async def test_a_server_without_room_is_waited_for_until_there_is_some(
     full: ResponseError, caplog: pytest.LogCaptureFixture
 ) -> None:
-    errors = [full] * 4  # the pauses between them are longer than the patience
+    errors, said = [full] * 4, []  # the pauses between them are longer than the patience
 
     async def command() -> str:
+        said.append(refusal())
         if errors:
             raise errors.pop()
         return "answer"
 
     assert await PatientRetry(0.1).call_with_retry(command, _nothing) == "answer"
     assert "Redis has no room left" in caplog.text
+    assert [bool(one) for one in said] == [False, True, True, True, True]
+    assert refusal() is None
 
 
 async def test_one_that_may_not_be_written_to_is_given_up_after_a_while() -> None:
