@@ -31,19 +31,19 @@ from services.contracts.config import RunConfig, load
 from services.contracts.problems import load_problems
 from services.contracts.template import prompt_ids
 from services.learner.prepare import prepare
+from services.learner.stopwatch import STEP_PARTS
 from tests.processes import ROOT
 
 GROUP = 8
 NUM_PROBLEMS = 4096
 TIMEOUT_S = 900.0
 WARM_UP = 3  # batches not counted: engines and allocators settle
-PARTS = ("wait", "prepare", "update", "publish")  # of a batch's time, as metrics.jsonl has them
 AT_END = 2  # nor these: nothing is generated beside them any more, and a checkpoint is written
 
 
 @dataclass(frozen=True)
 class Model:
-    """What to train. end: the token at which TRL ends an attempt; empty: the tokenizer's own."""
+    """What to train. end: the token at which TRL ends an attempt, as ours does by itself."""
 
     flags: tuple[str, ...]
     end: str
@@ -52,13 +52,13 @@ class Model:
 
 MODELS = {
     "demo": Model((), end="}", batches=20),  # 0.8 M parameters, answers of about 9 tokens
-    "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens
+    "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens, some of 128
         (
-            "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=64",
-            "--dialogue.tokens_per_dialogue=320", "--model.max_model_len=640", "--learner.batch_dialogues=128",
+            "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=128",
+            "--dialogue.tokens_per_dialogue=640", "--model.max_model_len=1024", "--learner.batch_dialogues=128",
             "--learner.minibatch_dialogues=32",
         ),
-        end="",
+        end="<|im_end|>",
         batches=12,
     ),
 }  # fmt: skip

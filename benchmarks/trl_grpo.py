@@ -62,8 +62,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    if settings["end"]:  # where an attempt ends, as the rollout service ends it
-        tokenizer.eos_token = settings["end"]
+    tokenizer.eos_token = settings["end"]  # where an attempt ends, as the rollout service ends it
     steps_per_batch = settings["batch"] // settings["minibatch"]
     config = GRPOConfig(
         output_dir=settings["folder"],

@@ -162,6 +162,8 @@ class Checkpoints:
         link, fresh = self.folder / BEST, self.scratch(BEST)
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(best.name)
+        if link.is_dir() and not link.is_symlink():  # of a run that was copied by what follows links
+            self._remove(link)
         fresh.replace(link)
 
     def _remove(self, path: Path) -> None:

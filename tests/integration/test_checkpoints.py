@@ -26,7 +26,7 @@ model = test_deepspeed_engine.model  # a fixture
 
 
 def copied(config: RunConfig, model: Path, to: Path, *flags: str) -> RunConfig:
-    """The same run elsewhere."""
+    """The same run elsewhere; the link to the best checkpoint has become a folder."""
     other = make_run(to, model, *flags)
     shutil.rmtree(other.run_dir / "checkpoints", ignore_errors=True)
     shutil.copytree(config.run_dir / "checkpoints", other.run_dir / "checkpoints")
