@@ -137,10 +137,7 @@ def ours(name: str, start: Path, folder: Path, case: str) -> Speed:
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     counted = lines[WARM_UP:-AT_END]
     seconds = [line["step_s"] for line in counted]
-    parts = {
-        part: statistics.fmean(line[f"{part}_s"] for line in counted)
-        for part in ("wait", "prepare", "update", "publish")
-    }
+    parts = {part: statistics.fmean(line[f"{part}_s"] for line in counted) for part in STEP_PARTS}
     tokens = statistics.fmean(line["response_tokens"] for line in counted)
     return Speed(config.learner.batch_dialogues * len(counted) / sum(seconds), tokens, parts)
 
