@@ -67,7 +67,7 @@ bench-learner: setup-dev ## a PPO step against a plain PyTorch loop, rows of dia
 	$(BIN)/python -m benchmarks.learner --model $(or $(MODEL),all)
 
 bench-sync: setup-dev ## weight transfers to 1 to 4 replicas against the bare broadcast; what requests in flight wait
-	$(BIN)/python -m benchmarks.sync
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m benchmarks.sync # as the services have it
 
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger

@@ -21,7 +21,7 @@ from prometheus_client import Counter, Histogram
 
 from services.contracts.weights.protocol import Abort, Commit, Join, Prepare
 
-STATUS_PERIOD_S = 0.01  # between looks at a reception: a worker call each, about a millisecond
+STATUS_PERIOD_S = 0.004  # between looks at a reception: a worker call each, about a millisecond
 RPC_TIMEOUT_S = 10.0  # of worker calls that move no bytes, beside what they wait for
 HISTORY = 10  # swaps that are remembered
 BLAMELESS = 424  # the group failed, and this member saw no fault of its own
