@@ -1,6 +1,7 @@
 """The learner: PPO with DeepSpeed over trajectories that the rollout replicas made.
 
     loop              the order of things: issue, take, train, publish, save, acknowledge (rank 0)
+    interfaces        what the loop needs of the parts it drives
     trainer           one update and one checkpoint, carried out by all ranks together
     ppo               the arithmetic of one update: minibatch steps, their losses and figures
     first_pass        what comes before them: old log-probabilities, values, reference, advantages

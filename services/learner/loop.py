@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
-from services.contracts.books import INVALID, STALE, Books
+from services.contracts.books import INVALID, STALE
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
 from services.learner.batch import defect, whole_groups_first
 from services.learner.bookkeeper import Bookkeeper, Closing
 from services.learner.checkpoint import CheckpointError, averages
+from services.learner.interfaces import MetricsLike, PublisherLike, Report, Summary, TrainerLike
 from services.learner.phases import Phases
 from services.learner.sampler import TaskSampler
 from services.learner.stopwatch import Stopwatch, step_seconds
@@ -39,66 +39,6 @@ log = logging.getLogger(__name__)
 
 class StarvedError(RuntimeError):
     """A batch did not fill in time."""
-
-
-class TrainerLike(Protocol):
-    """What the loop needs of `Trainer`."""
-
-    version: int
-    next_task: int
-    books: Books
-
-    @property
-    def ask_tokens(self) -> int:
-        """How many tokens are worth an `ask`; 0: none."""
-
-    def ask(self, trajectories: Sequence[Trajectory]) -> None:
-        """Do in advance what can be done with a part of the batch that `train` comes to next."""
-
-    def stage(self, trajectories: Sequence[Trajectory], version: int) -> None:
-        """Pack the batch that will be trained on from `version`; `train` may be running meanwhile."""
-
-    def train(self, trajectories: Sequence[Trajectory], *, on_actor: Callable[[], None]) -> dict[str, float]:
-        """One update; `version` goes up by one, then `on_actor` is called, from when on it may be published."""
-
-    def save(self, next_task: int, books: Books, figures: Mapping[str, float]) -> Future[Path]:
-        """Begin a checkpoint; the result is the durable one, or CheckpointError."""
-
-
-class Report(Protocol):
-    """What the loop needs of `PublishReport`."""
-
-    updated: list[str]
-    dropped: dict[str, str]
-    num_bytes: int
-    seconds: dict[str, float]
-
-
-class PublisherLike(Protocol):
-    """What the loop needs of `Publisher`."""
-
-    async def publish(self, version: int, *, packed: asyncio.Event | None = None) -> Report:
-        """Give the present weights, under this version, to every replica that can be reached.
-
-        packed: set when the live weights are no longer needed, unless it fails before.
-        """
-
-    async def catch_up(self) -> object:
-        """Give the weights published last to replicas that have others."""
-
-
-class MetricsLike(Protocol):
-    """What the loop needs of `Metrics`."""
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Record one step."""
-
-
-class Summary(Protocol):
-    """`metrics.summarise`."""
-
-    def __call__(self, trajectories: Sequence[Trajectory], *, version: int) -> dict[str, float]:
-        """Figures of a batch."""
 
 
 class Loop:
@@ -173,20 +113,28 @@ class Loop:
             await self._save(durable=True)
 
     async def _train(self, batch: list[Trajectory]) -> dict[str, float]:
+        self._publishing = None
+        self._is_trained.clear()
+        ahead = asyncio.create_task(self._take_ahead(self._trainer.version + 1))
+        try:
+            return await self._train_beside(ahead, batch)
+        finally:  # if the run ends here, nothing of it goes on
+            self._is_trained.set()
+            beside = [task for task in (ahead, self._publishing) if task is not None and not task.done()]
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+    async def _train_beside(self, ahead: asyncio.Task[None], batch: list[Trajectory]) -> dict[str, float]:
         figures = self._summarise(batch, version=self._trainer.version)
         figures |= {"dropped": float(self._dropped), "dropped_stale": float(self._stale), "issued": float(self._issued)}
         self._dropped = self._stale = self._issued = 0
         self.phases.enter("training")
         training_at = time.time()
         _tell("train", self._trainer.version)
-        self._publishing = None
-        self._is_trained.clear()
-        ahead = asyncio.create_task(self._take_ahead(self._trainer.version + 1))
-        try:
-            with self._watch.during("update"):
-                figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
-        finally:
-            self._is_trained.set()
+        with self._watch.during("update"):
+            figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
+        self._is_trained.set()
         self.phases.enter("publishing")
         self._traces.trained(batch, self._trainer.version, training_at)
         self._keep(self._trainer.version, batch)
@@ -214,7 +162,8 @@ class Loop:
             waiting.cancel()
 
         def on_actor() -> None:
-            if not self.stop.is_set():  # replicas may be going down with us; a resumed learner publishes again
+            # Replicas may be going down with us; a resumed learner publishes again.
+            if not self.stop.is_set() and not self._is_trained.is_set():
                 asyncio.run_coroutine_threadsafe(begin(), loop).result(PACK_TIMEOUT_S)
 
         return on_actor
