@@ -14,7 +14,6 @@ is the peak of a process (GPU: of the allocator) that does one side only. The di
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -435,7 +434,9 @@ def main() -> None:
     if arguments.peak:
         bench = Bench(arguments.model, flags, Path(arguments.folder))
         bench.side(arguments.peak)()
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not getrusage's: that one is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
         print(torch.cuda.max_memory_allocated() / 2**20 if bench.device.type == "cuda" else kib / 1024)
         return
     names = (*ON_CPU, *(ON_GPU if torch.cuda.is_available() else ())) if arguments.model == "all" else [arguments.model]
