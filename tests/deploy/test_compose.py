@@ -160,8 +160,15 @@ class _Loader(yaml.SafeLoader):
     """Knows compose's own tags."""
 
 
+def _tagged(loader: yaml.SafeLoader, node: yaml.Node) -> object:
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    assert isinstance(node, yaml.MappingNode)
+    return loader.construct_mapping(node, deep=True)
+
+
 for _tag in ("!reset", "!override"):
-    _Loader.add_constructor(_tag, lambda loader, node: loader.construct_sequence(node, deep=True))
+    _Loader.add_constructor(_tag, _tagged)
 
 
 @pytest.mark.parametrize("path", ["docker-compose.yml", *(path for paths in OVERRIDES.values() for path in paths)])
