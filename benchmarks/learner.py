@@ -53,7 +53,6 @@ from services.learner.ranks import Ranks
 from services.learner.stopwatch import STEP_PARTS
 
 ROOT = Path(__file__).parents[1]
-NUM_ROUNDS = 3
 SIDES = ("packed", "plain", "padded")
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `Ranks.join` sets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
@@ -88,7 +87,7 @@ MODELS = {
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
         "SmolLM2-135M",
-        ("--learner.batch_dialogues=8", "--learner.minibatch_dialogues=8"),
+        ("--learner.batch_dialogues=16", "--learner.minibatch_dialogues=16"),
         "smollm2", 8,
     ),
     "smollm2-gpu": Model(
@@ -363,7 +362,7 @@ class _Nothing:
         self.device = device
 
 
-def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(name: str, flags: Sequence[str], cases: Sequence[str], *, rounds: int) -> Iterator[dict[str, Any]]:
     """The claims of one model; cases: "speed", "memory" or both."""
 
     def claim(case: str, ours: float, against: float, unit: str) -> dict[str, Any]:
@@ -376,21 +375,21 @@ def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[d
 
     with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
         if "speed" in cases:
-            yield from _speed(name, Bench(name, flags, Path(folder)), claim)
+            yield from _speed(name, Bench(name, flags, Path(folder)), claim, rounds=rounds)
         if "memory" in cases:
             peaks = {which: _peak_mib(name, which, flags, folder) for which in SIDES}
             yield claim("peak memory against a plain loop", peaks["packed"], peaks["plain"], "MiB")
             yield claim("peak memory, packed against padded", peaks["packed"], peaks["padded"], "MiB")
 
 
-def _speed(name: str, bench: Bench, claim: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _speed(name: str, bench: Bench, claim: Callable[..., dict[str, Any]], *, rounds: int) -> Iterator[dict[str, Any]]:
     print(f"{name}: {len(bench.batch)} dialogues, {bench.tokens} tokens", flush=True)
     sides = {which: bench.side(which) for which in SIDES}
     for run in sides.values():
         run()
     times: dict[str, list[float]] = {which: [] for which in sides}
     parts: list[dict[str, float]] = []
-    for _ in range(NUM_ROUNDS):
+    for _ in range(rounds):
         for which, run in sides.items():
             times[which].append(run())
             print(f"{name}: {which:6} {times[which][-1]:8.3f} s", flush=True)
@@ -428,6 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--cases", default="speed,memory", help="one of them, or both")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", choices=["packed", "plain", "padded"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
@@ -443,7 +443,10 @@ def main() -> None:
     claims: list[dict[str, Any]] = []
     for name in names:
         claims += measure(
-            name, [*flags, *(["--learner.device=cpu"] if name in ON_CPU else [])], arguments.cases.split(",")
+            name,
+            [*flags, *(["--learner.device=cpu"] if name in ON_CPU else [])],
+            arguments.cases.split(","),
+            rounds=arguments.rounds,
         )
     for line in claims:
         print(json.dumps(line))
