@@ -88,7 +88,7 @@ MODELS = {
         "configs/smollm2-cpu.toml",
         "SmolLM2-135M",
         ("--learner.batch_dialogues=16", "--learner.minibatch_dialogues=16"),
-        "smollm2", 8,
+        "smollm2", 16,
     ),
     "smollm2-gpu": Model(
         "configs/smollm2-cpu.toml",
