@@ -6,9 +6,13 @@ tokens as the service sampled. The two take turns, NUM_ROUNDS times; the claims 
 
 - `single`: sampled tokens/s of dialogues with one attempt, against one call of `LLM.generate`.
 - `multi`: dialogues/s with up to five attempts, against the paper's lock-step loop in chunks of 64 tokens.
-- `idle`: share of the time of `multi` in which the engine had nothing to do while dialogues waited for verdicts.
-- `replicas`: dialogues/s of two replicas against one.
+- `idle`: share of the time of `multi` in which an engine had nothing to do while dialogues waited for verdicts.
+- `replicas`: dialogues/s of REPLICAS replicas that share the machine's cores against one that has them all.
 - `start`: seconds from a replica's process to its first token, and where they go.
+
+Each side has its best settings on a CPU. For the service that is a replica for each core or two: whatever else runs
+(grader, ledger, the replica's own front) then holds up one engine and not, as with an engine that computes on all
+cores in step, every core. `LLM` is one engine, on all cores; as many sequences are in flight on both sides.
 
 The last lines printed are one JSON object per claim.
 """
@@ -16,12 +20,14 @@ The last lines printed are one JSON object per claim.
 import argparse
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,6 +53,8 @@ MAX_ATTEMPTS = 5
 TIMEOUT_S = 900.0
 NUM_WARM_UP = 64
 NUM_ROUNDS = 3
+REPLICAS = 2
+TAKE_PAUSE_S = 0.1  # between looks at what has come: a learner takes batches, not single trajectories
 END_LIFT = 1.4  # weight of the constant part in the end of turn: it then has a probability of about 3 %
 METRIC = re.compile(r"^(multiattempt_rollout_\w+?)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
@@ -57,19 +65,21 @@ class Model:
 
     config: str
     flags: tuple[str, ...]
+    num_seqs: int
+    """In flight on the whole machine."""
     num_single: int
     num_multi: int
 
 
 MODELS = {
-    "demo": Model("configs/demo.toml", (), num_single=2048, num_multi=2048),
+    "demo": Model("configs/demo.toml", (), num_seqs=128, num_single=2048, num_multi=2048),
     "tinyqwen": Model(
         "configs/demo.toml",
         (
             "--model.source=pretrained", "--model.warmup_steps=0", "--model.max_model_len=1024",
-            "--dialogue.tokens_per_attempt=128", "--dialogue.tokens_per_dialogue=640", "--rollout.max_num_seqs=64",
-            "--rollout.threads=0",
+            "--dialogue.tokens_per_attempt=128", "--dialogue.tokens_per_dialogue=640",
         ),
+        num_seqs=64,
         num_single=384,
         num_multi=192,
     ),
@@ -77,12 +87,13 @@ MODELS = {
         "configs/smollm2-cpu.toml",
         (
             "--data.source=arithmetic", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=96",
-            "--dialogue.tokens_per_dialogue=480", "--model.max_model_len=1024", "--rollout.max_num_seqs=32",
+            "--dialogue.tokens_per_dialogue=480", "--model.max_model_len=1024",
             "--dialogue.system_prompt=You solve sums. Put the final answer within \\boxed{{}}. You have {attempts}.",
             '--dialogue.examples=[["What is 23+45?", "23+45 = 68, so the answer is \\\\boxed{68}."]]',
         ),
+        num_seqs=32,
         num_single=96,
-        num_multi=64,
+        num_multi=160,
     ),
 }  # fmt: skip
 
@@ -122,6 +133,7 @@ class System:
             taken = await ledger.take("bench", count, 1.0)
             found += [one.trajectory for one in taken]
             await ledger.acknowledge([one.entry_id for one in taken], through_batch=-1)
+            await asyncio.sleep(TAKE_PAUSE_S)
             if time.perf_counter() - started > TIMEOUT_S:
                 raise TimeoutError(
                     f"{len(found)} of {count} trajectories after {TIMEOUT_S:g} s; {await ledger.depth()}"
@@ -131,13 +143,20 @@ class System:
         return tasks, sorted(found, key=lambda trajectory: trajectory.task_id), seconds
 
     def metrics(self) -> dict[str, float]:
-        """Counters of the first replica; with labels, the sum over them under the bare name too."""
-        found: dict[str, float] = {}
-        for name, labels, value in METRIC.findall(httpx.get(f"{self.replicas[0].url}/metrics", timeout=10).text):
-            found[name] = found.get(name, 0.0) + float(value)
-            if labels:
-                found[f"{name}{{{labels}}}"] = float(value)
+        """Counters, summed over the replicas; with labels, the sum over them under the bare name too."""
+        found: dict[str, float] = defaultdict(float)
+        for replica in self.replicas:
+            for name, labels, value in METRIC.findall(httpx.get(f"{replica.url}/metrics", timeout=10).text):
+                found[name] += float(value)
+                if labels:
+                    found[f"{name}{{{labels}}}"] += float(value)
         return found
+
+    def start_replicas(self, count: int) -> None:
+        """So many, warm."""
+        for _ in range(count):
+            self.start_replica()
+        self.run(NUM_WARM_UP)
 
     def stop_replicas(self) -> None:
         for replica in self.replicas:
@@ -146,15 +165,17 @@ class System:
 
 
 @contextmanager
-def system(model: Model, flags: Sequence[str]) -> Iterator[System]:
-    """All but the replicas, started."""
+def system(model: Model, flags: Sequence[str], *, replicas: int = 1) -> Iterator[System]:
+    """All but the replicas, started. replicas: how many will share the cores and the sequences in flight."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-rollout-")))
         valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
         port = free_port()
         places = ("--run.name=bench", f"--run.dir={folder}", f"--redis.url={valkey.url}")
         urls = (f"--grader.url=http://127.0.0.1:{port}", f"--grader.port={port}", "--rollout.device=cpu")
-        config = load(ROOT / model.config, [*model.flags, *places, *urls, *flags], env={})
+        threads = max(1, (os.cpu_count() or 1) // replicas)
+        share = (f"--rollout.threads={threads}", f"--rollout.max_num_seqs={model.num_seqs // replicas}")
+        config = load(ROOT / model.config, [*model.flags, *share, *places, *urls, *flags], env={})
         folder = config.run_dir
         folder.mkdir(parents=True, exist_ok=True)
         weights = prepare(config) if model is not MODELS["tinyqwen"] else make_tinyqwen(config.run_dir / "model")
@@ -190,16 +211,16 @@ def make_tinyqwen(folder: Path) -> Path:
 class Reference:
     """Bare vLLM in a process of its own (`benchmarks.lockstep`), idle until it is asked."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, *, num_seqs: int) -> None:
         config = system.config
         self._folder, self._tokenizer = config.run_dir, AutoTokenizer.from_pretrained(system.model)
         settings = {
             "model": str(system.model),
             "dtype": config.model.dtype,
             "max_model_len": config.model.max_model_len,
-            "max_num_seqs": config.rollout.max_num_seqs,
+            "max_num_seqs": num_seqs,
             "kv_cache_mb": config.rollout.kv_cache_mb,
-            "threads": config.rollout.threads,
+            "threads": os.cpu_count(),
             "grader_url": config.grader.url,
         }
         path = self._folder / "reference.json"
@@ -245,28 +266,32 @@ def measure(name: str, flags: Sequence[str], cases: Sequence[str]) -> Iterator[d
         numbers = {"ours": round(ours, 4), "reference": round(against, 4), "ratio": round(ours / against, 3)}
         return {"benchmark": "rollout", "case": f"{name}: {case}", **numbers, "unit": unit}
 
-    with system(model, flags) as running:
-        ready_s = running.start_replica()
-        if "start" in cases:
-            first_s = ready_s + _first_token_s(running)
-            print(f"{name}: first token {first_s:.1f} s after the process began: {_phases(running)}")
-            yield claim("start", first_s, ready_s, "s to the first token, and to readiness")
-        running.run(NUM_WARM_UP)
-        if {"single", "multi", "idle"} & set(cases):
-            yield from _against_bare(name, model, running, claim, cases)
-        if "replicas" in cases:
-            one = model.num_multi / running.run(model.num_multi)[2]
-            running.start_replica()
-            running.run(NUM_WARM_UP)
-            two = model.num_multi / running.run(model.num_multi)[2]
-            yield claim("two replicas against one", two, one, "dialogues/s")
+    one = 0.0
+    if {"start", "replicas"} & set(cases):
+        with system(model, flags) as running:
+            ready_s = running.start_replica()
+            if "start" in cases:
+                first_s = ready_s + _first_token_s(running)
+                print(f"{name}: first token {first_s:.1f} s after the process began: {_phases(running)}")
+                yield claim("start", first_s, ready_s, "s to the first token, and to readiness")
+            if "replicas" in cases:
+                running.run(NUM_WARM_UP)
+                one = statistics.median(model.num_multi / running.run(model.num_multi)[2] for _ in range(NUM_ROUNDS))
+    if {"single", "multi", "idle", "replicas"} & set(cases):
+        with system(model, flags, replicas=REPLICAS) as running:
+            running.start_replicas(REPLICAS)
+            if "replicas" in cases:
+                two = statistics.median(model.num_multi / running.run(model.num_multi)[2] for _ in range(NUM_ROUNDS))
+                yield claim(f"{REPLICAS} replicas against one", two, one, "dialogues/s")
+            if {"single", "multi", "idle"} & set(cases):
+                yield from _against_bare(name, model, running, claim, cases)
 
 
 def _against_bare(
     name: str, model: Model, running: System, claim: Callable[..., dict[str, Any]], cases: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Ours and the reference by turns, several rounds: these machines are shared, and minutes differ."""
-    bare = Reference(running)
+    bare = Reference(running, num_seqs=model.num_seqs)
     rates: dict[str, list[tuple[float, float]]] = {"single": [], "multi": []}
     idle_s = multi_s = 0.0
     try:
@@ -282,7 +307,7 @@ def _against_bare(
                 counted = {key: value - before.get(key, 0.0) for key, value in running.metrics().items()}
                 _describe(name, found, seconds, counted)
                 idle_s += counted.get('multiattempt_rollout_engine_idle_seconds_total{because="grading"}', 0.0)
-                multi_s += seconds
+                multi_s += seconds * REPLICAS
                 rates["multi"].append((len(found) / seconds, len(found) / bare.seconds("chunks", tasks, found)))
                 print(f"{name}: multi, dialogues/s: ours {rates['multi'][-1][0]:.1f}, bare {rates['multi'][-1][1]:.1f}")
     finally:
