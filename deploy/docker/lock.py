@@ -1,4 +1,4 @@
-"""Write the images' locks: `python deploy/docker/lock.py [path to uv]`, in the environment that requirements/lock.py wants.
+"""Write the images' locks: `python deploy/docker/lock.py [path to uv]`, in the environment of requirements/lock.py.
 
 The pins are those of requirements/, which the tests run with; here each has the hashes of its files, so that an image
 is built out of exactly these or not at all. uv reads the hashes off the package index; nothing is downloaded.
@@ -21,9 +21,7 @@ REQUIREMENTS = ROOT / "requirements"
 BUILD = ("hatchling", "editables", "packaging", "pathspec", "pluggy", "trove-classifiers", "setuptools", "py-cpuinfo")
 HEADER = "# Made by deploy/docker/lock.py. Install with `pip install --no-deps --require-hashes -r`.\n"
 # torch's CPU wheel is on an index of its own, which has this file only for CPython 3.11 on x86-64 Linux.
-TORCH = (
-    "torch==2.13.0 \\\n    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b\n"
-)
+TORCH = "torch==2.13.0 \\\n    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b\n"
 NETWORKX = "networkx==3.6.1"  # torch's, and nobody else's
 
 

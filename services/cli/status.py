@@ -153,7 +153,7 @@ def _curves(steps: Sequence[Mapping[str, Any]]) -> Table | None:
         return None
     table = Table.grid(padding=(0, 2))
     for justify in ("left", "right", "left"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]
+        table.add_column(justify=justify)
     for label, name, form in CURVES:
         values = [row.get(name) for row in steps]
         if any(value is not None for value in values):
