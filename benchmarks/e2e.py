@@ -55,11 +55,11 @@ MODELS = {
     "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens, some of 128
         (
             "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=128",
-            "--dialogue.tokens_per_dialogue=640", "--model.max_model_len=1024", "--learner.batch_dialogues=128",
-            "--learner.minibatch_dialogues=32",
+            "--dialogue.tokens_per_dialogue=640", "--model.max_model_len=1024", "--learner.batch_dialogues=64",
+            "--learner.minibatch_dialogues=16",
         ),
         end="<|im_end|>",
-        batches=12,
+        batches=10,
     ),
 }  # fmt: skip
 CASES = {

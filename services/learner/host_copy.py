@@ -45,9 +45,8 @@ class HostCopies:
         """Write all files to the disk and forget them. Raises OSError, or RuntimeError (torch's) when it refuses."""
         while self._files:
             path, content = self._files.popleft()
-            with path.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
+            torch.save(content, path)  # by its path: through a Python file it takes twice as long
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _copied(self, item: Any) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoints of real engines: on other ranks than wrote them, with a rank that cannot write, killed, and exported."""
 
+import base64
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_deepspeed_engine
 import torch
+from processes import free_port
 from ranks import TESTS, RankProcesses
 from test_deepspeed_engine import assert_same, make_run, train, train_plainly
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -96,15 +98,28 @@ def test_killed_while_the_ranks_write_it_goes_on_from_the_checkpoint_before(tmp_
     assert found is not None and found[1].version == 2
 
 
-def test_torchrun_on_two_hosts_makes_the_update_that_two_ranks_make(tmp_path: Path, model: Model) -> None:
-    """Two agents of one rank each, as on two hosts: RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR are torchrun's."""
+def on_two_hosts(launcher: str, script: list[str]) -> list[list[str]]:
+    """The command that each of two hosts runs, one rank each: torchrun, or what `deepspeed --hostfile` runs by ssh."""
+    python = [sys.executable, "-m"]
+    if launcher == "torchrun":
+        meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+        return [[*python, "torch.distributed.run", *meeting, "--nproc-per-node=1", *script]] * 2
+    hosts = base64.urlsafe_b64encode(json.dumps({"host0": [0], "host1": [0]}).encode()).decode()
+    meeting = ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--world_info={hosts}", "--no_local_rank"]
+    return [[*python, "deepspeed.launcher.launch", f"--node_rank={rank}", *meeting, *script] for rank in range(2)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_on_two_hosts_make_the_update_that_one_makes(tmp_path: Path, model: Model, launcher: str) -> None:
     config = make_run(tmp_path, model, "--learner.minibatch_dialogues", "12")
     output = config.run_dir / "out"
     script = [str(TESTS / "integration" / "learner_rank.py"), str(config.run_dir), str(output), "1", "fresh"]
-    store = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29611", "--rdzv-id", "test"]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", *store, "--nproc-per-node", "1", *script]
-    agents = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    agents = [subprocess.Popen(command, env=environment) for command in on_two_hosts(launcher, script)]
     try:
         assert [agent.wait(100) for agent in agents] == [0, 0]
     finally:
