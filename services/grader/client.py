@@ -7,8 +7,7 @@
 A grader that is away or busy is waited for until the deadline; what it never becomes is a verdict.
 
 Concurrent `grade` calls share requests, without a timer. Up to MAX_REQUESTS requests are out at a time; a call that
-finds one of those places free goes out at once, with those made in the same instant (up to MAX_TOGETHER); calls that
-find none gather, and leave together when one comes free.
+finds one of those places free goes out at once, calls that find none gather, and leave together when one comes free.
 An answer comes when its whole request is done, so an item that takes the grader's whole deadline (seconds) holds up
 its neighbours: requests are therefore small (MAX_REQUEST_ITEMS), several are out, and one that is out for longer than
 STALL_S gives its place to the next. (Simulated with 8 workers, 64 callers, every hundredth item slow for 2 s: as many
@@ -45,7 +44,6 @@ CLOSE_TIMEOUT_S = 10.0
 ABOUT_ONE_ITEM = (400, 413, 422)  # refusals that one item of several may have earned for all
 MAX_REQUESTS = 4
 MAX_REQUEST_ITEMS = 16
-MAX_TOGETHER = 4  # while places are free: a request costs its sender more than the grading of most answers
 MAX_REQUEST_CHARS = 2_000_000  # JSON writes up to 12 bytes for a character; the grader takes 32 MiB
 STALL_S = 0.1
 MAX_CONNECTIONS = 64
@@ -279,12 +277,11 @@ class GraderClient:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Send what waits while there are free places, spread over them, but not into ever smaller requests."""
+        """Send what waits while there are free places, evenly spread over them."""
         self._is_pump_due = False
         while self._num_busy < self._max_requests and not self._is_closed:
             free = self._max_requests - self._num_busy
-            share = max(MAX_TOGETHER, -(-len(self._waiting) // free))
-            jobs = _take(self._waiting, min(self._max_items, share))
+            jobs = _take(self._waiting, min(self._max_items, -(-len(self._waiting) // free)))
             if not jobs:
                 return
             self._num_busy += 1
