@@ -35,7 +35,7 @@ MOMENTS = (*SYNC, *CHECKPOINT, *FILES, "train", ANY)
 ORDER = ("redis", "grader", "rollout", "learner")
 AIM_S = 15.0  # a moment that does not come within this is not waited for
 SPREAD_S = (0.0, 0.0, 0.01, 0.03, 0.08)  # after the moment has begun
-QUIET_S = 90.0
+QUIET_S = 240.0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from processes import ROOT, free_port
 from slow_network import far
 from soak import audited
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 LATENCY_S = 0.05  # each way
 DISK_BYTES = 1100 << 20  # a run wants a gigabyte at its start
 LEFT_BYTES = 64 << 10

@@ -7,7 +7,7 @@ import pytest
 from live_run import live_run
 from soak import ORDER, digests_agree, lives_are_monotone, soak, table, trained_once
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
 def test_services_killed_in_transfers_and_checkpoints_cost_nothing_but_time(tmp_path: Path) -> None:
