@@ -22,7 +22,7 @@ from services.contracts.config import RunConfig
 from services.learner.algorithm import CONFIG
 from services.learner.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 Model = Path
 model = test_deepspeed_engine.model  # a fixture
 
@@ -121,10 +121,11 @@ def test_ranks_on_two_hosts_make_the_update_that_one_makes(tmp_path: Path, model
     }
     agents = [subprocess.Popen(command, env=environment) for command in on_two_hosts(launcher, script)]
     try:
-        assert [agent.wait(100) for agent in agents] == [0, 0]
+        assert [agent.wait(250) for agent in agents] == [0, 0]
     finally:
         for agent in agents:
             agent.kill()
+            agent.wait(10)
     assert_same(torch.load(output / "actor.pt", weights_only=True), train_plainly(config, model), 2e-5)
 
 

@@ -18,7 +18,7 @@ from services.cli.progress import Progress
 from services.cli.services import Plan
 from services.cli.supervisor import Supervisor
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 async def test_a_rank_that_hangs_ends_all_and_the_run_goes_on_from_the_checkpoint(
