@@ -7,6 +7,7 @@ block is one row in which dialogues of any lengths lie behind one another ("pack
 right-padded ("padded"). What a loss does with them is in `losses` and `ppo`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -59,6 +60,16 @@ def defect(trajectory: Trajectory) -> str | None:
     if not (np.isfinite(trajectory.logprobs[mask]).all() and np.isfinite(trajectory.reward)):
         return "a log-probability or the reward is not finite"
     return None
+
+
+def fingerprint(trajectories: Sequence[Trajectory]) -> str:
+    """16 hexadecimal digits that differ when what is trained on differs: tasks, tokens, log-probabilities, rewards."""
+    found = hashlib.sha256()
+    for trajectory in trajectories:
+        found.update(f"{trajectory.task_id} {trajectory.reward!r} {len(trajectory.token_ids)};".encode())
+        for array in (trajectory.token_ids, trajectory.action_mask, trajectory.logprobs):
+            found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
 
 
 def whole_groups_first(trajectories: Sequence[Trajectory], samples_per_problem: int) -> list[Trajectory]:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from services.contracts.books import INVALID, STALE
+from services.contracts.books import INVALID, STALE, format_ranges
 from services.contracts.config import RunConfig
 from services.contracts.ledger import Ledger, Taken
 from services.contracts.wire import Trajectory
-from services.learner.batch import defect, whole_groups_first
+from services.learner.batch import defect, fingerprint, whole_groups_first
 from services.learner.bookkeeper import Bookkeeper, Closing
 from services.learner.checkpoint import CheckpointError, averages
 from services.learner.interfaces import MetricsLike, PublisherLike, Report, Summary, TrainerLike
@@ -131,7 +131,8 @@ class Loop:
         self._dropped = self._stale = self._issued = 0
         self.phases.enter("training")
         training_at = time.time()
-        _tell("train", self._trainer.version)
+        tasks = format_ranges(trajectory.task_id for trajectory in batch)
+        _tell("train", self._trainer.version, tasks=tasks, batch=fingerprint(batch))
         with self._watch.during("update"):
             figures |= await asyncio.to_thread(self._trainer.train, batch, on_actor=self._when_packed())
         self._is_trained.set()
@@ -362,6 +363,6 @@ class Loop:
             return
 
 
-def _tell(phase: str, version: int) -> None:
+def _tell(phase: str, version: int, **more: str) -> None:
     """Tell the log what begins now: what a run that hangs, hangs in."""
-    log.info("phase", extra={"phase": phase, "version": version})
+    log.info("phase", extra={"phase": phase, "version": version, **more})

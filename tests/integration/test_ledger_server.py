@@ -119,9 +119,9 @@ async def test_rollout_cannot_run_ahead_of_a_learner_that_lags(redis: Redis) -> 
     most: Counter[str] = Counter()
     train = trainer.train
 
-    def lag(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    def lag(trajectories: Sequence[Trajectory], *, on_actor: Callable[[], None]) -> dict[str, float]:
         time.sleep(0.3)  # rollout has long finished all there is
-        return train(trajectories)
+        return train(trajectories, on_actor=on_actor)
 
     trainer.train = lag  # type: ignore[method-assign]
     async with rollout(redis, publisher):

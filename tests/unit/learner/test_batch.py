@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from learner_data import logprobs_from_logits, make_trajectory
 
 from services.contracts.wire import Trajectory
-from services.learner.batch import Blocks, Plan, buckets, defect, minibatches, pack, plan, shard, whole_groups_first
+from services.learner.batch import (
+    Blocks,
+    Plan,
+    buckets,
+    defect,
+    fingerprint,
+    minibatches,
+    pack,
+    plan,
+    shard,
+    whole_groups_first,
+)
 
 
 def make_batch(count: int) -> list[Trajectory]:
@@ -137,6 +148,25 @@ def test_a_trajectory_without_actions_is_refused() -> None:
 def test_a_trajectory_that_cannot_be_trained_on_says_why(change: dict[str, Any], reason: str | None) -> None:
     found = defect(msgspec.structs.replace(make_trajectory(0), **change))  # it has 13 tokens
     assert found is None if reason is None else reason in str(found)
+
+
+def test_a_batch_has_another_fingerprint_when_anything_that_is_trained_on_differs() -> None:
+    batch = make_batch(4)
+    first = batch[0]
+    logprobs = first.logprobs.copy()
+    logprobs[-1] -= 1e-6
+    tokens = first.token_ids.copy()
+    tokens[0] += 1
+    others = [
+        batch[1:],
+        [batch[1], batch[0], *batch[2:]],
+        [msgspec.structs.replace(first, task_id=99), *batch[1:]],
+        [msgspec.structs.replace(first, reward=first.reward - 0.5), *batch[1:]],
+        [msgspec.structs.replace(first, logprobs=logprobs), *batch[1:]],
+        [msgspec.structs.replace(first, token_ids=tokens), *batch[1:]],
+    ]
+    assert fingerprint(make_batch(4)) == fingerprint(batch)
+    assert len({fingerprint(one) for one in [batch, *others]}) == 7
 
 
 def test_a_batch_takes_whole_groups_before_broken_ones_and_else_what_came_first() -> None:
