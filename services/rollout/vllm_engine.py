@@ -19,7 +19,7 @@ from typing import Any
 from services.contracts.config import ConfigError, RunConfig
 from services.contracts.wire import Sampling
 from services.rollout.engine_stats import EngineStats
-from services.rollout.runner import Completion, EngineDead, GenerationAborted
+from services.rollout.runner import Completion, EngineDead, GenerationAborted, UnrunnableTask
 
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
 BATCHED_TOKENS = 8192  # prefilled in one step on a CPU
@@ -229,6 +229,7 @@ class VllmEngine:
 
         A swap clears the prefix cache; the salt says so once more: other weights' keys and values never match.
         """
+        self._check_known(token_ids)
         return {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": f"version {self.version}"}
 
     def _parameters(self, *, max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]) -> Any:
@@ -264,9 +265,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": list(token_ids)}
-        num_tokens = self.async_llm.vllm_config.model_config.get_vocab_size()
-        if max(token_ids) >= num_tokens:  # vLLM looks only where it has a tokenizer: the engine would die of it
-            raise ValueError(f"token id {max(token_ids)}: the model has {num_tokens}, from 0")
+        self._check_known(token_ids)
         room = self._config.model.max_model_len - 1  # vLLM samples one token after them
         if len(token_ids) > room:
             raise ValueError(f"{len(token_ids)} tokens, {room} fit the context (model.max_model_len less one)")
@@ -275,6 +274,12 @@ class VllmEngine:
                 flat = output.prompt_logprobs
         spans = zip(flat.start_indices, flat.end_indices, strict=True)
         return [float("nan") if start == end else flat.logprobs[start] for start, end in spans]
+
+    def _check_known(self, token_ids: Sequence[int]) -> None:
+        """A tokenizer may know more tokens than its model; vLLM does not look here, and the engine would die of one."""
+        num_tokens = self.async_llm.vllm_config.model_config.get_vocab_size()
+        if max(token_ids) >= num_tokens:
+            raise UnrunnableTask(f"token id {max(token_ids)}: the model has {num_tokens}, from 0")
 
     async def rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> list[Any]:
         """Call a method of every worker. Raises TimeoutError, EngineDead."""

@@ -12,7 +12,7 @@ import torch
 from boxy_model import END, save_model
 from processes import Service, free_port
 from redis.asyncio import Redis
-from transformers import Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load, to_toml_dict
 from services.contracts.ledger import Ledger
@@ -24,6 +24,8 @@ from services.learner.arithmetic_model import build_tokenizer
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 RUN_S = 60.0
 TOKEN = "secret"
+NUM_TOKENS = 304  # the model's
+BEYOND = "<beyond>"  # a token that the tokenizer knows and the model does not
 TOLERANCE = 1e-3  # of a log-probability, both sides fp32
 
 
@@ -31,6 +33,9 @@ TOLERANCE = 1e-3  # of a log-probability, both sides fp32
 def config(tmp_path_factory: pytest.TempPathFactory, session_valkey: EmbeddedValkey) -> RunConfig:
     folder = tmp_path_factory.mktemp("rollout")
     save_model(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), NUM_TOKENS)] + [BEYOND])
+    tokenizer.save_pretrained(folder / "model")
     flags = {
         "run.dir": str(folder), "run.name": "e2e", "redis.url": session_valkey.url, "redis.lease_s": "2",
         "model.dtype": "float32", "model.max_model_len": "256", "dialogue.system_prompt": "You have {attempts}",
@@ -148,14 +153,16 @@ async def test_the_same_task_is_the_same_dialogue_again(ledger, redis, config):
 async def test_tasks_that_can_never_run_become_dead_letters_and_the_others_go_on(ledger):
     long = Task(task_id=0, batch=0, problem="1" * 300, gold=("7",), max_attempts=1, seed=0)
     broken = Task(task_id=1, batch=0, problem="1+1", gold=("",), max_attempts=1, seed=0)
-    await ledger.issue(0, [long, broken, make_tasks(3)[2]])
-    assert [t.task_id for t in await collect(ledger, 1)] == [2]
+    strange = Task(task_id=2, batch=0, problem=f"1+{BEYOND}", gold=("7",), max_attempts=1, seed=0)
+    await ledger.issue(0, [long, broken, strange, make_tasks(4)[3]])
+    assert [t.task_id for t in await collect(ledger, 1)] == [3]
     deadline = time.monotonic() + RUN_S
-    while (await ledger.depth()).dead < 2:
+    while (await ledger.depth()).dead < 3:
         assert time.monotonic() < deadline
     reasons = {letter.task.task_id: letter.reason for letter in await ledger.dead_letters(5)}
     assert "the context is 256" in reasons[0]
     assert "gold answer" in reasons[1]
+    assert reasons[2] == f"token id {NUM_TOKENS}: the model has {NUM_TOKENS}, from 0"
 
 
 async def test_a_dialogue_can_be_asked_for_over_http(replica):
