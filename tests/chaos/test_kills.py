@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
 def test_services_killed_in_transfers_and_checkpoints_cost_nothing_but_time(tmp_path: Path) -> None:
-    with live_run(tmp_path, "--rollout.replicas=2") as run:
+    # Blocks larger than a batch: nothing is asked of the models ahead, in parts that depend on what has come so far.
+    with live_run(tmp_path, "--rollout.replicas=2", "--learner.micro_tokens=4096") as run:
         found = soak(run, kills=10, seed=270)  # in transfers and in checkpoints: two replicas, two learners, Redis
         assert run.stop() == 143
         audit = run.audit()
