@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak audit clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,5 +88,17 @@ bench-checkpoints: setup-dev ## how long training waits for a checkpoint, its se
 soak: setup-dev ## kill the services of one run 200 times (KILLS=, SEED=); half an hour
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos/soak.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1)
 
+AUDITED := build grader engine-cpu engine-cuda torch-cpu
+
+# --strict: without it, packages that it could not ask about count as sound.
+audit: .venv-audit/.ready ## known holes in the packages of the images; asks PyPI for its advisories
+	@failed=; for lock in $(AUDITED); do echo "$$lock"; .venv-audit/bin/pip-audit --strict --progress-spinner off \
+	    --disable-pip --require-hashes -r deploy/docker/locks/$$lock.txt || failed=1; done; test -z "$$failed"
+
+.venv-audit/.ready:
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet --quiet pip-audit==2.10.1
+	touch $@
+
 clean: ## remove the virtual environments and the caches (runs/ stays)
-	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .venv-audit .mypy_cache .ruff_cache .hypothesis
