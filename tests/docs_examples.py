@@ -1,11 +1,13 @@
-"""The examples of a page under docs/: fenced blocks, and how one is run and compared.
+"""The examples of a page under docs/: fenced blocks, and how one is run and compared; and the commands of any page.
 
-A ```bash or ```python block is run; what follows it as ```json or ```text is what it must print.
+A ```bash or ```python block is run; what follows it as ```json or ```text is what it must print. Commands in other
+blocks and in the text install, start or destroy something: they are read, not run (tests/unit/test_docs_commands.py).
 """
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,39 @@ class Block(NamedTuple):
     language: str
     text: str
     line: int
+
+
+class Command(NamedTuple):
+    page: str
+    text: str
+
+
+PROGRAMS = (
+    r"multiattempt|make|docker|kubectl|python|pytest|torchrun|deepspeed|pip|curl|vllm|\.venv/bin/\w+|deploy/\w+\.sh"
+)
+_ASSIGNMENTS = r"(?:\w+=(?:'[^']*'|\$\([^)]*\)|\S*) )*"
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def pages() -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def commands(page: str) -> list[Command]:
+    """Each once: lines of blocks that say no language, or sh, and code in the text. page: below the root."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = [re.sub(r"\\\n\s*", "", match[2]) for match in _BLOCK.finditer(text) if match[1] in ("", "sh")]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    prose = [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", _BLOCK.sub("", text))]
+    found = [line for line in lines if re.match(rf"{_ASSIGNMENTS}({PROGRAMS})(\s|$)", line)]
+    found += [code for code in prose if re.match(rf"{_ASSIGNMENTS}({PROGRAMS}) ", code)]
+    return [Command(page, re.sub(rf"^{_ASSIGNMENTS}(?=\w|\.)", "", line)) for line in dict.fromkeys(found)]
+
+
+def words(command: str) -> list[str]:
+    """Without what is said of it behind it, and without where its output goes; `...` is an experiment."""
+    command = re.split(r"\s{3,}| #| > | \| ", command)[0]
+    return ["configs/demo.toml" if word == "..." else word for word in shlex.split(command)]
 
 
 def read(name: str) -> str:

@@ -5,16 +5,16 @@ blocks install or start something: not run, but listed here, and the flags and f
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import docs_examples
 import pytest
-from live_grader import ROOT, live_grader
+from docs_examples import ROOT, Block
+from live_grader import live_grader
 
 from services.contracts.config import load_resolved
 from services.contracts.wire import Verdict
@@ -22,31 +22,10 @@ from services.grader.client import Question, SyncGraderClient
 
 pytestmark = pytest.mark.integration
 
-PAGE = (ROOT / "docs" / "grader-api.md").read_text(encoding="utf-8")
-DOCUMENTED = "http://localhost:8000"
+PAGE = docs_examples.read("grader-api.md")
+BLOCKS, EXAMPLES = docs_examples.blocks(PAGE), docs_examples.examples(PAGE)
 NOT_RUN = ("pip install ", "docker build ", "docker run ", "multiattempt serve grader", "GRADER_API_KEY=$(openssl ")
 NOT_COMPARED = ("elapsed_ms", "cached")
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-    line: int
-
-
-def blocks() -> list[Block]:
-    found = re.finditer(r"^ *```(\w+)\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)
-    return [Block(match[1], match[2], PAGE.count("\n", 0, match.start()) + 1) for match in found]
-
-
-def examples() -> list[tuple[Block, Block | None]]:
-    """Blocks that are run, each with the output that follows it."""
-    pairs = zip(blocks(), [*blocks()[1:], None], strict=True)
-    return [
-        (block, follower if follower and follower.language in ("json", "text") else None)
-        for block, follower in pairs
-        if block.language in ("bash", "python")
-    ]
 
 
 def conventions() -> list[tuple[str, str, str]]:
@@ -65,36 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reader")
 
 
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADER_API_KEY", raising=False)
+
+
 def run(block: Block, url: str, folder: Path) -> str:
-    text = block.text.replace(DOCUMENTED, url)
-    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    environment.pop("GRADER_API_KEY", None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return docs_examples.run(block, folder, replace={"http://localhost:8000": url})
 
 
-def stable(value: Any) -> Any:
-    if isinstance(value, list):
-        return [stable(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: stable(entry) for key, entry in value.items() if key not in NOT_COMPARED}
-    return value
-
-
-@pytest.mark.parametrize(("block", "expected"), examples(), ids=[f"line {block.line}" for block, _ in examples()])
+@pytest.mark.parametrize(("block", "expected"), EXAMPLES, ids=[f"line {block.line}" for block, _ in EXAMPLES])
 def test_an_example_prints_what_the_page_says(block: Block, expected: Block | None, url: str, folder: Path) -> None:
     printed = run(block, url, folder)
-    if expected is None:
-        assert printed == ""
-    elif expected.language == "json":
-        assert stable(json.loads(printed)) == stable(json.loads(expected.text))
-        if "elapsed_ms" in expected.text:
-            assert re.findall(r'"(\w+)":', printed) == re.findall(r'"(\w+)":', expected.text)
-    else:
-        assert printed == expected.text
+    docs_examples.check(printed, expected, not_compared=NOT_COMPARED)
+    if expected is not None and "elapsed_ms" in expected.text:
+        assert re.findall(r'"(\w+)":', printed) == re.findall(r'"(\w+)":', expected.text)
 
 
 def test_the_conventions_are_the_graders(url: str) -> None:
@@ -106,7 +70,7 @@ def test_the_conventions_are_the_graders(url: str) -> None:
 
 
 def test_what_is_not_run_is_known_and_its_flags_and_files_exist() -> None:
-    lines = [line for block in blocks() if block.language == "sh" for line in block.text.splitlines()]
+    lines = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
     assert lines and all(line.strip().startswith(NOT_RUN) for line in lines)
     usage = subprocess.run(
         [sys.executable, "-m", "services.grader", "--help"], capture_output=True, text=True, timeout=60, check=True
@@ -115,11 +79,11 @@ def test_what_is_not_run_is_known_and_its_flags_and_files_exist() -> None:
     assert flags and all(flag in usage for flag in flags)
     [image] = {name for line in lines for name in re.findall(r"-f (\S+)", line)}
     assert (ROOT / image).exists()
-    assert {block.language for block in blocks()} == {"sh", "bash", "python", "json", "text"}
+    assert {block.language for block in BLOCKS} == {"sh", "bash", "python", "json", "text"}
 
 
 def test_the_settings_shown_are_settings(url: str, folder: Path) -> None:
-    [block] = [block for block, _ in examples() if "grader.json" in block.text]
+    [block] = [block for block, _ in EXAMPLES if "grader.json" in block.text]
     run(block, url, folder)
     assert load_resolved(folder / "grader.json").grader.reward_incorrect == -0.5
 
