@@ -22,6 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.contracts.ledger import run_prefix
+from services.contracts.telemetry import Context
 
 KEPT_STEPS = 1000
 KEPT_NOTICES = 100
@@ -134,6 +135,7 @@ class Reporter(logging.Handler):
         vitals: Callable[[], Awaitable[Mapping[str, Figure]]],
     ) -> None:
         super().__init__(level=logging.WARNING)
+        self.addFilter(Context())
         self._observations, self._process, self._service, self._ask = observations, name, service, vitals
         self._pending_notices: deque[Notice] = deque(maxlen=PENDING)
         self._pending_steps: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=PENDING)

@@ -3,6 +3,8 @@
     configure_logging("rollout", run="demo")                     once, in __main__
     log = logging.getLogger(__name__)
     log.info("dialogue finished", extra={"task_id": 7})          extra fields become JSON keys
+    label_logs(replica="rollout-0", version=lambda: v)           on every line of this process from now on
+    with about(task_id=7):                                       on every line from inside
     add_health(app, ready=lambda: None)                          FastAPI: /healthz /readyz /metrics
     server = serve_health(ready, host="127.0.0.1", port=0)       the same three routes without FastAPI
 
@@ -10,12 +12,15 @@ Metrics themselves are plain `prometheus_client` objects, declared in the module
 `multiattempt_`. What ready means is each service's own business: `ready()` returns None, or the reason why not.
 """
 
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import msgspec
@@ -33,6 +38,41 @@ REQUEST_TIMEOUT_S = 10.0  # a client that connects and says nothing is dropped
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 _json = msgspec.json.Encoder(enc_hook=str)  # NaN becomes null, so that every line is valid JSON
+
+
+_labels: dict[str, object] = {}  # of this process
+_about: ContextVar[Mapping[str, object]] = ContextVar("about", default=MappingProxyType({}))
+
+
+def label_logs(**fields: object) -> None:
+    """Have every line of this process carry these fields; one that can be called is, for each line."""
+    _labels.update(fields)
+
+
+@contextlib.contextmanager
+def about(**fields: object) -> Iterator[None]:
+    """Have every line from inside carry these fields, from tasks and threads begun there too."""
+    token = _about.set({**_about.get(), **fields})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def what_about(field: str) -> object:
+    """The field of the `about` that this is inside of; None without one."""
+    return _about.get().get(field)
+
+
+class Context(logging.Filter):
+    """Gives a record what `about` and `label_logs` say, unless it says so itself. Lets every record pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the fields that are missing."""
+        labels = {name: value() if callable(value) else value for name, value in _labels.items()}
+        for name, value in (labels | dict(_about.get())).items():
+            record.__dict__.setdefault(name, value)
+        return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -60,10 +100,12 @@ class JsonFormatter(logging.Formatter):
 def configure_logging(service: str, *, run: str, level: str = "INFO", stream: TextIO | None = None) -> None:
     """Send every log record of this process to `stream` (stderr) as JSON lines; Python warnings too.
 
-    Replaces the root logger's handlers. Start uvicorn with `log_config=None`, or it installs its own.
+    Replaces the root logger's handlers, forgets labels. Start uvicorn with `log_config=None`, or it installs its own.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(service=service, run=run))
+    handler.addFilter(Context())
+    _labels.clear()
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(capture=True)
     for chatty in ("httpx", "httpcore", "uvicorn.access"):  # a line for each request says nothing here

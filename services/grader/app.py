@@ -4,6 +4,7 @@ Errors are problem+json (RFC 9457). An item that cannot be graded is a 200 with 
 requests, 503 with Retry-After for a full queue. Grading itself is `judge`'s.
 """
 
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from services.contracts.settings import GraderSection
 from services.contracts.telemetry import add_health
 from services.contracts.tracing import HEADER, Attribute, record_parts
 from services.contracts.web import BodyLimit, SecurityHeaders
+from services.contracts.wire import Verdict
 from services.grader.guards import Bearer
 from services.grader.judge import Judge, Judgement, Question
 from services.grader.page import DOCS_POLICY, PAGE, PAGE_POLICY
@@ -26,6 +28,10 @@ from services.grader.pool import Pool
 from services.grader.problems import MAX_BODY_BYTES, RESPONSES, UNAUTHORIZED, add_problems
 from services.grader.protocol import BatchRequest, BatchResult, ExplainResult, GradeRequest, GradeResult
 from services.grader.trainers import trainer_routes
+
+LOGGED_ID_CHARS = 64
+
+log = logging.getLogger(__name__)
 
 Traces = Annotated[str, Header(alias=HEADER, include_in_schema=False)]
 
@@ -119,9 +125,13 @@ def _native_routes(judge: Judge, **options: Any) -> APIRouter:
 
 
 async def _judged(judge: Judge, requests: Sequence[GradeRequest], traces: str) -> list[Judgement]:
-    """Judge them; whoever asked may want it in their traces (`tracing.HEADER`)."""
+    """Judge them; whoever asked may want it in their traces (`tracing.HEADER`), and finds his `id` in the log."""
     start_s = time.time()
     judgements = await judge.judge([_question(request) for request in requests])
+    for request, judgement in zip(requests, judgements, strict=True):
+        if judgement.verdict is Verdict.TIMEOUT:
+            told = {"id": (request.id or "")[:LOGGED_ID_CHARS], "elapsed_ms": round(judgement.elapsed_ms)}
+            log.warning("not compared in time", extra=told)
     if traces:
         record_parts(traces, "grader", start_s, [_told(judgement) for judgement in judgements])
     return judgements

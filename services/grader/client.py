@@ -33,6 +33,7 @@ import httpx
 import msgspec
 
 from services.contracts.config import secret_from_env
+from services.contracts.telemetry import what_about
 from services.contracts.tracing import HEADER, traceparent
 from services.contracts.wire import Verdict
 
@@ -80,7 +81,7 @@ class Question:
     extraction: Literal["boxed", "auto"] = "boxed"
     """boxed: the last closed box. auto: else the stated answer, else a bare last line."""
     id: str | None = None
-    """Given back with the grade."""
+    """Given back with the grade, and in the grader's log; by default the task that is under way (`telemetry.about`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +251,14 @@ class GraderClient:
         if not golds:
             raise ValueError("a question needs at least one gold answer")
         item: dict[str, object] = {"response": question.response, "gold": golds, "extraction": question.extraction}
-        if question.id is not None:
-            item["id"] = question.id
+        about = what_about("task_id")
+        name = str(about) if question.id is None and about is not None else question.id
+        if name is not None:
+            item["id"] = name
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         return _Job(
             item,
-            num_chars=len(question.response) + sum(map(len, golds)) + len(question.id or ""),
+            num_chars=len(question.response) + sum(map(len, golds)) + len(name or ""),
             traceparent=traceparent(),
             deadline_s=deadline_s,
             deadline=time.monotonic() + deadline_s,

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
-from services.contracts.telemetry import configure_logging
+from services.contracts.telemetry import configure_logging, label_logs
 from services.learner.algorithm import FLAG, changed_since, check_unchanged
 from services.learner.checkpoint import Checkpoints
 from services.learner.host import run_ranks
@@ -99,7 +99,9 @@ def _follow(config: RunConfig, *, resume: bool) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to stop
         signal.signal(number, signal.SIG_IGN)
+    label_logs(rank=int(os.environ["RANK"]))
     trainer = Trainer.start(config, resume=resume)
+    label_logs(version=lambda: trainer.version)
     with contextlib.ExitStack() as stack:
         if os.environ.get("LOCAL_RANK") == "0":  # of several hosts each answers for itself
             health = serve_health(lambda: None, host=config.learner.metrics_host, port=config.learner.metrics_port)
@@ -136,6 +138,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         samples_per_problem=config.learner.samples_per_problem,
     )
     trainer = await asyncio.to_thread(Trainer.start, config, resume=resume)
+    label_logs(version=lambda: trainer.version)
     observations = Observations(redis, run=config.run.name)
     await observations.forget_steps_after(trainer.version)
     registry = Registry(redis, run=config.run.name)
@@ -175,7 +178,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     health = serve_health(
         lambda: loop.trouble or refusal(), host=config.learner.metrics_host, port=config.learner.metrics_port
     )
-    log.info("learner started", extra={"version": trainer.version, "metrics_port": health.port})
+    log.info("learner started", extra={"metrics_port": health.port})
     try:
         async with reporter:
             await loop.run()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.contracts.config import ConfigError, RunConfig, load_resolved, model_path
-from services.contracts.telemetry import configure_logging
+from services.contracts.telemetry import configure_logging, label_logs
 from services.contracts.tracing import close_tracing, configure_tracing
 from services.rollout.ending import Signals
 from services.rollout.environment import load_environment
@@ -68,6 +68,7 @@ async def _serve(config: RunConfig, model: Path, listener: socket.socket, *, rep
 
     url = f"http://{_advertised(config)}:{listener.getsockname()[1]}"
     replica = ReplicaProcess(config, model=model, replica_id=replica_id, url=url)
+    label_logs(replica=replica_id, version=lambda: replica.engine.version)
     settings = uvicorn.Config(
         create_app(replica), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSE_S
     )

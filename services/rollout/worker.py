@@ -20,6 +20,7 @@ from typing import Protocol
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.contracts.ledger import Claim, Ledger
+from services.contracts.telemetry import about
 from services.contracts.tracing import dialogue_span
 from services.contracts.wire import Progress, Task, Trajectory
 from services.grader.client import GraderUnavailableError
@@ -77,6 +78,7 @@ class Saver:
 class _Running:
     """A dialogue in flight."""
 
+    task_id: int
     work: asyncio.Task[None]
     saver: Saver
     is_leaving: bool = False  # its task is being given back, and may already be claimed again
@@ -179,8 +181,9 @@ class Worker:
                 if running is not None and not running.is_leaving and not running.work.done():
                     continue  # its lease ran out here and came back: it goes on
                 saver = Saver(functools.partial(self._ledger.save, self._replica_id, claim.entry_id))
-                work = asyncio.create_task(self._run_one(claim, saver, after=running.work if running else None))
-                self._running[claim.entry_id] = _Running(work, saver)
+                with about(task_id=claim.task.task_id):
+                    work = asyncio.create_task(self._run_one(claim, saver, after=running.work if running else None))
+                self._running[claim.entry_id] = _Running(claim.task.task_id, work, saver)
         IN_FLIGHT.set(len(self._running))
         return bool(self._running)
 
@@ -203,13 +206,13 @@ class Worker:
                 trajectory = await self._runner.run(claim.task, resume=claim.progress, on_progress=on_progress)
         except UnrunnableTask as error:
             await self._ledger.bury(claim.entry_id, claim.task, str(error))
-            log.warning("task buried", extra={"task_id": claim.task.task_id, "reason": str(error)})
+            log.warning("task buried", extra={"reason": str(error)})
             DIALOGUES.labels("buried").inc()
         except GraderUnavailableError as error:
             # A grader that judged others while this one waited is there: it is this answer that it cannot bear.
             is_away = time.monotonic() - self._graded_at > self._grader_timeout_s / 2
             await self._release(claim.entry_id, saver, has_failed=not is_away)
-            log.warning("task released", extra={"task_id": claim.task.task_id, "reason": str(error)})
+            log.warning("task released", extra={"reason": str(error)})
             DIALOGUES.labels("released").inc()
             if is_away:
                 self._claims_from = time.monotonic() + RELEASE_PAUSE_S
@@ -231,7 +234,7 @@ class Worker:
 
     async def _fail(self, claim: Claim, saver: Saver, error: Exception) -> None:
         """Give the task back as failed. Raises the error when too many have failed in a row."""
-        log.warning("dialogue failed", extra={"task_id": claim.task.task_id}, exc_info=error)
+        log.warning("dialogue failed", exc_info=error)
         await self._release(claim.entry_id, saver, has_failed=True)
         DIALOGUES.labels("failed").inc()
         self._failed.add(claim.entry_id)
@@ -246,5 +249,5 @@ class Worker:
             for entry_id in set(held) - set(await self._ledger.renew(self._replica_id, held)):
                 running = self._running.get(entry_id)
                 if running is not None and not running.work.done():
-                    log.info("lease lost", extra={"entry": entry_id})
+                    log.info("lease lost", extra={"task_id": running.task_id})
                     self._running.pop(entry_id).work.cancel()

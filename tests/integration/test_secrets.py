@@ -72,6 +72,7 @@ def config_path(tmp_path: Path) -> Path:
     "command",
     [
         ("services.learner", "--config", "{config}"),
+        ("services.rollout", "--config", "{config}", "--port", "0"),
         ("services.evaluation", "--config", "{config}", "--label", "before"),
         ("services.cli", "status", "{run}"),
         ("services.cli", "audit", "{run}"),

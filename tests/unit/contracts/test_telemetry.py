@@ -1,5 +1,6 @@
 """Log lines and health routes."""
 
+import asyncio
 import io
 import json
 import logging
@@ -11,7 +12,15 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
-from services.contracts.telemetry import HEALTH_PATHS, add_health, configure_logging, health_reply, serve_health
+from services.contracts.telemetry import (
+    HEALTH_PATHS,
+    about,
+    add_health,
+    configure_logging,
+    health_reply,
+    label_logs,
+    serve_health,
+)
 
 
 @pytest.fixture
@@ -32,6 +41,38 @@ def test_a_log_line_is_one_json_object_with_the_extra_fields(log: io.StringIO) -
     assert line.pop("ts").endswith("+00:00")
     expected = {"level": "info", "service": "learner", "run": "demo", "logger": "a.b", "msg": "step 3"}
     assert line == expected | {"loss": None, "path": {"x": 1}}
+
+
+def lines(log: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+async def test_lines_say_what_they_are_about_in_tasks_and_threads_too(log: io.StringIO) -> None:
+    say = logging.getLogger("a").info
+
+    async def dialogue(task_id: int) -> None:
+        with about(task_id=task_id):
+            await asyncio.sleep(0)
+            say("here")
+            await asyncio.to_thread(say, "on a thread")
+
+    await asyncio.gather(dialogue(1), dialogue(2))
+    say("nothing")
+    found = [(line["msg"], line.get("task_id")) for line in lines(log)]
+    assert sorted(found[:-1]) == [("here", 1), ("here", 2), ("on a thread", 1), ("on a thread", 2)]
+    assert found[-1] == ("nothing", None)
+
+
+def test_labels_are_on_every_line_unless_it_says_so_itself(log: io.StringIO) -> None:
+    versions = [3, 4]
+    label_logs(replica="r", version=lambda: versions.pop(0))
+    logging.getLogger("a").info("one")
+    with about(replica="of another"):
+        logging.getLogger("a").info("two", extra={"version": 9})
+    assert [(line["replica"], line["version"]) for line in lines(log)] == [("r", 3), ("of another", 9)]
+    configure_logging("learner", run="demo", stream=log)
+    logging.getLogger("a").info("three")
+    assert "replica" not in lines(log)[-1]
 
 
 def test_an_exception_stays_on_its_line(log: io.StringIO) -> None:

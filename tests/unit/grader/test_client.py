@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
+from services.contracts.telemetry import about
 from services.contracts.wire import Verdict
 from services.grader.client import (
     BULK_ITEMS,
@@ -110,6 +111,16 @@ async def test_the_request_is_the_graders_contract():
     assert (first.method, first.url.path, first.headers["content-type"]) == ("POST", "/v1/grade", "application/json")
     assert json.loads(first.content) == {"response": "3", "gold": ["2", "4"], "extraction": "boxed", "id": "a"}
     assert json.loads(second.content) == {"response": "3", "gold": ["3"], "extraction": "auto"}
+
+
+async def test_a_question_bears_the_name_of_the_task_that_it_is_about_unless_it_has_one():
+    script = Script(200)
+    async with client(script) as grader:
+        with about(task_id=7):
+            assert (await grader.grade("3", "3")).id == "7"
+            assert (await grader.grade("3", "3", id="mine")).id == "mine"
+        assert (await grader.grade("3", "3")).id is None
+    assert [items_of(request)[0].get("id") for request in script.requests] == ["7", "mine", None]
 
 
 @pytest.mark.parametrize("trouble", [503, 500, 429, httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])

@@ -7,8 +7,10 @@ import pytest
 
 from services.contracts.wire import Verdict
 from services.grader.answer import Extraction
+from services.grader.app import _judged
 from services.grader.judge import MAX_GOLD_CHARS, MAX_GOLDS, Judge, Question
 from services.grader.pool import Item, Outcome, Pool, PoolBusyError
+from services.grader.protocol import GradeRequest
 
 
 class CountingPool:
@@ -105,3 +107,14 @@ async def test_a_full_queue_refuses_the_whole_request_and_leaves_no_trace() -> N
     pool.is_busy = False
     [judgement] = await judge.judge([question("7", "7")])
     assert judgement.is_correct and not judgement.is_cached
+
+
+async def test_an_answer_that_took_too_long_is_in_the_log_under_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    judge = Judge(cast(Pool, CountingPool()), cache_items=0)
+    requests = [
+        GradeRequest(response="\\boxed{slow}", gold="1", id="7" * 100),
+        GradeRequest(response="\\boxed{1}", gold="1", id="8"),
+    ]
+    await _judged(judge, requests, "")
+    [record] = caplog.records
+    assert (record.msg, vars(record)["id"]) == ("not compared in time", "7" * 64)

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 
 import pytest
 from fakes import MemoryLedger, make_task
 
 from services.contracts.settings import DialogueSection
+from services.contracts.telemetry import Context
 from services.contracts.wire import Timings, Verdict
 from services.grader.client import GraderUnavailableError
 from services.rollout.dialogue import Dialogue, Sampled
@@ -233,6 +235,28 @@ async def test_a_dialogue_that_fails_is_given_back_as_failed_and_the_others_go_o
     async with working(make_worker(ledger, ScriptedRunner())):
         await until(lambda: len(ledger.completed) == 2)
     assert (ledger.num_released, ledger.num_failed) == (1, 1)
+
+
+async def test_what_is_said_during_a_dialogue_names_its_task(caplog: pytest.LogCaptureFixture):
+    class Talking(ScriptedRunner):
+        async def run(self, task, **how):
+            logging.getLogger("elsewhere").warning("here")
+            return await super().run(task, **how)
+
+    context = Context()
+    caplog.handler.addFilter(context)
+    try:
+        ledger = MemoryLedger(*(make_task(i, problem="unrunnable") for i in (3, 4)))
+        async with working(make_worker(ledger, Talking())):
+            await until(lambda: len(ledger.buried) == 2)
+    finally:
+        caplog.handler.removeFilter(context)
+    assert sorted((record.msg, record.task_id) for record in caplog.records) == [
+        ("here", 3),
+        ("here", 4),
+        ("task buried", 3),
+        ("task buried", 4),
+    ]
 
 
 async def test_one_task_that_always_fails_does_not_end_the_worker():
