@@ -19,7 +19,7 @@ MIN_CAPABILITY = (8, 0)  # Ampere: bf16, and the attention kernel
 MIN_FREE_GB = 2.0
 LENGTHS = (5, 300, 77, 1)
 HEADS, KEY_HEADS, WIDTH = 8, 2, 64
-TOLERANCE = 0.05  # of bf16, relative to the largest number there
+TOLERANCE = 0.05  # of bf16, relative to the largest number of a tensor
 
 Finding = tuple[str, bool, str, str]
 Attend = Callable[..., tuple[Tensor, None]]
@@ -63,7 +63,7 @@ def product_finding(device: torch.device) -> Finding:
     """A matrix product in bf16 against fp32."""
     left, right = _random(512, 512, seed=0), _random(512, 512, seed=1)
     found = (left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16)).float().cpu()
-    return _compared(f"{device}: bf16", found, left @ right)
+    return _compared(f"{device}: bf16", [found], [left @ right])
 
 
 def attention_finding(device: torch.device, *, attention: Attend = attend) -> Finding:
@@ -72,15 +72,15 @@ def attention_finding(device: torch.device, *, attention: Attend = attend) -> Fi
     shapes = ((1, HEADS, length, WIDTH), (1, KEY_HEADS, length, WIDTH), (1, KEY_HEADS, length, WIDTH))
     offsets = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
-    def run(place: torch.device, dtype: torch.dtype, attention: Attend) -> Tensor:
+    def run(place: torch.device, dtype: torch.dtype, attention: Attend) -> list[Tensor]:
         tensors = [
             _random(*shape, seed=number).to(place, dtype).requires_grad_() for number, shape in enumerate(shapes)
         ]
         settings: dict[str, Any] = {"rows": rows_at(offsets, place)["rows"], "scaling": WIDTH**-0.5}
         output, _ = attention(SimpleNamespace(is_causal=True), *tensors, None, **settings)
         output.float().square().sum().backward()  # type: ignore[no-untyped-call]
-        gradients = [tensor.grad.flatten() for tensor in tensors if tensor.grad is not None]
-        return torch.cat([output.flatten(), *gradients]).float().cpu().detach()
+        parts = [output, *(tensor.grad for tensor in tensors if tensor.grad is not None)]
+        return [part.detach().float().cpu() for part in parts]
 
     name = f"{device}: attention"
     try:
@@ -90,15 +90,12 @@ def attention_finding(device: torch.device, *, attention: Attend = attend) -> Fi
     return _compared(name, found, run(torch.device("cpu"), torch.float32, attend))
 
 
-def _compared(name: str, found: Tensor, wanted: Tensor) -> Finding:
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
-    good = difference < TOLERANCE  # not so for NaN
-    return (
-        name,
-        good,
-        f"within {difference:.1e} of fp32 (bf16 may differ by {TOLERANCE:g})",
-        "the GPU or its build is faulty",
-    )
+def _compared(name: str, found: list[Tensor], wanted: list[Tensor]) -> Finding:
+    pairs = zip(found, wanted, strict=True)
+    differences = [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs]
+    good = all(difference < TOLERANCE for difference in differences)  # not so for NaN
+    told = ", ".join(f"{difference:.1e}" for difference in differences)
+    return name, good, f"{told} from fp32 (bf16 may differ by {TOLERANCE:g})", "the GPU or its build is faulty"
 
 
 def _random(*shape: int, seed: int) -> Tensor:
