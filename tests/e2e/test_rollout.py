@@ -150,7 +150,7 @@ async def test_the_same_task_is_the_same_dialogue_again(ledger, redis, config):
     assert {t.task_id: t.token_ids.tolist() for t in await collect(other, 8)} == first
 
 
-async def test_tasks_that_can_never_run_become_dead_letters_and_the_others_go_on(ledger):
+async def test_tasks_that_can_never_run_become_dead_letters_and_the_others_go_on(ledger, replica):
     long = Task(task_id=0, batch=0, problem="1" * 300, gold=("7",), max_attempts=1, seed=0)
     broken = Task(task_id=1, batch=0, problem="1+1", gold=("",), max_attempts=1, seed=0)
     strange = Task(task_id=2, batch=0, problem=f"1+{BEYOND}", gold=("7",), max_attempts=1, seed=0)
@@ -159,6 +159,10 @@ async def test_tasks_that_can_never_run_become_dead_letters_and_the_others_go_on
     deadline = time.monotonic() + RUN_S
     while (await ledger.depth()).dead < 3:
         assert time.monotonic() < deadline
+    said = [json.loads(line) for line in replica.log.read_text().splitlines() if '"msg":"dead letter"' in line]
+    assert {(line["task_id"], line["run"], line["replica"], line["version"]) for line in said} == {
+        (number, "e2e", "rollout-0", 0) for number in range(3)
+    }
     reasons = {letter.task.task_id: letter.reason for letter in await ledger.dead_letters(5)}
     assert "the context is 256" in reasons[0]
     assert "gold answer" in reasons[1]

@@ -88,6 +88,10 @@ async def test_stopped_and_resumed_it_does_every_step_once(tmp_path: Path, redis
     with contextlib.suppress(asyncio.CancelledError):
         await rollout
     assert (code, out) == (0, ""), err
+    said = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert {line["run"] for line in said} == {"process"}
+    assert {line["version"] for line in said if line["msg"] == "step"} >= {5, 6}
+    assert all("version" in line for line in said if line["logger"] == "services.learner.loop")
     figures = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 6]
     assert all(line["grad_norm"] > 0 and line["value_loss"] > 0 for line in figures)
