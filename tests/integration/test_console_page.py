@@ -174,11 +174,12 @@ def test_a_dialogue_has_mathematics_feedback_apart_shaded_tokens_and_versions(pa
 
 def test_an_address_leads_back_to_the_same_dialogue(page: Page, demo_url: str) -> None:
     page.keyboard.press("3")
-    page.locator("#list li").nth(5).click()
     expect(page.locator("#list li[aria-current]")).to_have_count(1)
-    before, address = page.locator(".facts").inner_text(), page.url
+    first = page.locator(".facts").inner_text()
+    page.locator("#list li").nth(5).click()
     page.wait_for_function("document.querySelector('#list li:nth-child(6)[aria-current]')")
-    before = page.locator(".facts").inner_text()
+    expect(page.locator(".facts")).not_to_have_text(first, use_inner_text=True)
+    before, address = page.locator(".facts").inner_text(), page.url
     page.goto("about:blank")
     page.goto(address)
     expect(page.locator(".facts")).to_have_text(before, use_inner_text=True)

@@ -33,7 +33,7 @@ async def site():
 async def test_a_fault_that_passes_costs_nobody_the_version(site, kind, at):
     site.network.faults = [Fault(kind, "replica-1", at)]
     report = await site.publisher.publish(2)
-    assert (set(report.updated), report.dropped, report.num_failed_groups) == (NAMES, {}, 1)
+    assert (set(report.updated), report.dropped) == (NAMES, {}) and report.num_failed_groups >= 1
     assert site.holders(2) == NAMES
 
 
