@@ -185,12 +185,25 @@ def _repack_tied_heads(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def _no_ranks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(values), dtype=torch.int64, device=x.device)
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`): what its weight-transfer interface lacks."""
 
     weight_transfer_engine: StagedWeightTransferEngine | DirectWeightTransferEngine
     vllm_config: Any
     _weight_update_active: bool
+
+    def leave_out_ranks(self) -> None:
+        """Do not compute the rank of each sampled token, which vLLM gives with its log-probability and nobody reads.
+
+        It costs a pass over all logits in every step, and seconds of compiling at the first.
+        """
+        from vllm.v1.sample import sampler
+
+        sampler.batched_count_greater_than = _no_ranks
 
     def weights_status(self) -> dict[str, Any]:
         """State of the reception in this worker."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from services.contracts.config import load
@@ -22,6 +23,7 @@ class ScriptedLlm:
     """
 
     errored = False
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 1000))
 
     def __init__(
         self, *steps: list[int], early: int = 0, finish_reason: str | None = "length", swap_at: int = 99
@@ -155,3 +157,20 @@ async def test_a_cancelled_request_is_aborted_in_the_engine(tmp_path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await sampling
     assert llm.aborted == [llm.request_id]
+
+
+def test_log_probabilities_are_the_same_without_the_ranks_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample import sampler
+
+    from services.rollout.weights import WorkerExtension
+
+    def counted(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("ranks were computed")
+
+    monkeypatch.setattr(sampler, "batched_count_greater_than", counted)  # set back afterwards
+    WorkerExtension().leave_out_ranks()
+    logprobs = torch.randn(3, 11).log_softmax(-1)
+    chosen = torch.tensor([2, 0, 10])
+    found = sampler.Sampler.gather_logprobs(logprobs, 0, chosen)
+    assert torch.equal(found.logprobs[:, 0], logprobs[torch.arange(3), chosen])
+    assert found.selected_token_ranks.shape == (3,)
