@@ -1,7 +1,7 @@
 """The learner: a full PPO step against a plain PyTorch loop, and rows of several dialogues against padded ones.
 
     python -m benchmarks.learner                   demo, tinyqwen, smollm2 on CPUs; with a GPU smollm2 and qwen1.5b
-    python -m benchmarks.learner --model smollm2 --learner.zero_stage=2
+    python -m benchmarks.learner --model smollm2 --learner.zero_stage=2    any setting of the learner's
 
 Ours is `Ppo.update` over DeepSpeed engines: packing, the first pass of actor, critic and reference, and all optimiser
 steps of actor and critic. The plain loop gets the same micro-batches and does the same forward and backward passes with

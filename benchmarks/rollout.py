@@ -80,8 +80,8 @@ MODELS = {
             "--dialogue.tokens_per_attempt=128", "--dialogue.tokens_per_dialogue=640",
         ),
         num_seqs=64,
-        num_single=384,
-        num_multi=192,
+        num_single=1152,
+        num_multi=384,
     ),
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
@@ -92,7 +92,7 @@ MODELS = {
             '--dialogue.examples=[["What is 23+45?", "23+45 = 68, so the answer is \\\\boxed{68}."]]',
         ),
         num_seqs=32,
-        num_single=96,
+        num_single=288,
         num_multi=160,
     ),
 }  # fmt: skip

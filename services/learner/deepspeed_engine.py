@@ -6,6 +6,7 @@ global sum and are multiplied by it; micro-batches accumulate without a factor, 
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -65,7 +66,8 @@ class Engine:
         self.engine: Any = None
         self.module = module
         if lr is not None or self.stage == 3:
-            self.engine = deepspeed.initialize(model=module, config=settings, **trained)[0]
+            with contextlib.redirect_stdout(io.StringIO()):  # bf16 under ZeRO-1 prints how much memory there is
+                self.engine = deepspeed.initialize(model=module, config=settings, **trained)[0]
             self.module = self.engine.module
         module.train(mode=lr is not None)  # gradient checkpointing asks for it; there is no dropout
 
