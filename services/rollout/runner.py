@@ -143,8 +143,8 @@ class DialogueRunner:
 
         resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
         attempt that is followed by another. listen: told everything. grader: judges in place of the run's and of
-        what the environment has of its own. keeps_verdicts: the model is not told them: it makes all its attempts, and is
-        asked for each in the same neutral words.
+        what the environment has of its own. keeps_verdicts: the model is not told them: it makes all its
+        attempts, and is asked for each in the same neutral words.
         """
         key = object()
         self._since[key] = self._engine.version
