@@ -149,7 +149,7 @@ class Asker:
             body["feedback"] = self._settings.feedback
         answer = await self._patiently(client, body)
         identity = {name: getattr(ask, name) for name in Ask.__struct_fields__}
-        kept = {"question": problem.question, "gold": problem.gold, "seed": seed}
+        kept: dict[str, Any] = {"question": problem.question, "gold": problem.gold, "seed": seed}
         if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
             return Dialogue(**identity, **kept, attempts=(), refused=_refusal(answer))
         if not answer.is_success:

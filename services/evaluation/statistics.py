@@ -53,7 +53,10 @@ def estimate(rows: Floats) -> Estimate:
     """Value and interval of a figure computed of `resample`'s rows. rows: [1 + B]; NaN where it is not defined."""
     if math.isnan(rows[0]):
         return NOTHING
-    low, high = np.nanquantile(rows[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = rows[1:][~np.isnan(rows[1:])]
+    if not len(drawn):
+        return Estimate(float(rows[0]), None, None)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(rows[0]), float(low), float(high))
 
 
@@ -96,10 +99,10 @@ def at_cost(accuracies: Floats, costs: Floats, cost: Floats) -> Floats:
     samples; where it costs less than one, a share of the problems is answered: the line starts at nothing for nothing.
     """
     found = np.full(len(cost), np.nan)
-    for b in range(len(cost)):
-        xs, ys = np.concatenate([[0.0], costs[b]]), np.concatenate([[0.0], accuracies[b]])
-        if cost[b] <= xs[-1] * (1 + GRID):
-            found[b] = np.interp(cost[b], xs, ys)
+    start = np.zeros((len(cost), 1))
+    xs, ys = np.hstack([start, costs]), np.hstack([start, accuracies])
+    for b in np.flatnonzero(cost <= xs[:, -1] * (1 + GRID)):
+        found[b] = np.interp(cost[b], xs[b], ys[b])
     return found
 
 
@@ -112,14 +115,14 @@ def sign_flip_p(differences: Sequence[Fraction]) -> float:
     scale = math.lcm(*(difference.denominator for difference in differences)) if differences else 1
     sizes = [abs(int(difference * scale)) for difference in differences if difference]
     observed = abs(int(sum(differences) * scale))
+    if not observed:
+        return 1.0
     total = sum(sizes)
     chances = np.zeros(2 * total + 1)  # of each sum, from -total to total
     chances[total] = 1.0
     for size in sizes:
         chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # nothing is at the ends yet
-    return (
-        float(min(1.0, chances[: total - observed + 1].sum() + chances[total + observed :].sum())) if observed else 1.0
-    )
+    return float(min(1.0, chances[: total - observed + 1].sum() + chances[total + observed :].sum()))
 
 
 def stratified_sign_flip_p(groups: Sequence[Floats], *, seed: int, resamples: int = RESAMPLES) -> float:
