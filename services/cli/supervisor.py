@@ -56,12 +56,20 @@ class Crashes:
 class Supervisor:
     """Owns the processes. `stop` ends them all; then `close` ends the watchdog.
 
-    milestone: how far training has come for good, as a value that changes when it advances.
+    milestone: how far training has come for good, as a value that changes when it advances. start_tries: how often a
+    service that was never ready may crash.
     """
 
-    def __init__(self, logs: Path, progress: Progress, *, milestone: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        progress: Progress,
+        *,
+        milestone: Callable[[], object] = lambda: None,
+        start_tries: int = MAX_CRASHES,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self._logs, self._progress, self._milestone = logs, progress, milestone
+        self._logs, self._progress, self._milestone, self._start_tries = logs, progress, milestone, start_tries
         self._ready: dict[str, asyncio.Event] = {}
         self.watchdog = Watchdog()
         self._alive: dict[str, asyncio.subprocess.Process] = {}
@@ -156,10 +164,11 @@ class Supervisor:
             if not was_ever_ready:  # later, its configuration was good: what it misses is to come back
                 self._raise_if_misconfigured(service.name, code)
             crashes.count(was_ready=is_ready.is_set())
-            await self._pause_after_crash(service.name, code, crashes)
+            limit = MAX_CRASHES if was_ever_ready else self._start_tries
+            await self._pause_after_crash(service.name, code, crashes, limit=limit)
 
-    async def _pause_after_crash(self, name: str, code: int, crashes: Crashes) -> None:
-        if crashes.at_standstill >= MAX_CRASHES:
+    async def _pause_after_crash(self, name: str, code: int, crashes: Crashes, *, limit: int = MAX_CRASHES) -> None:
+        if crashes.at_standstill >= limit:
             raise ServiceFailed(f"{name} failed {crashes.at_standstill} times in a row: {self._last_line(name)}")
         pause_s = backoff_s(crashes.in_row)
         self._progress.say(f"{name} ended with {_meaning(code)}; starting it again in {pause_s:g} s")

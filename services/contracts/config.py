@@ -79,14 +79,23 @@ class RunConfig(BaseSettings):
         return self.run.dir / self.run.name
 
 
-def load(path: Path | None, overrides: Sequence[str] = (), env: Mapping[str, str] | None = None) -> RunConfig:
+def load(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
     """Read a run's configuration.
 
     path: TOML file, or None for defaults. overrides: `["--learner.lr", "1e-4", ...]` (`--a.b=c` works too).
-    env: the environment, `os.environ` by default. Raises ConfigError with one line.
+    env: the environment, `os.environ` by default. base: values in place of the defaults.
+    Raises ConfigError with one line.
     """
     values: dict[str, dict[str, Any]] = _read_toml(path) if path else {}
     _check_keys(values, where=str(path))
+    for section, keys in (base or {}).items():
+        values[section] = {**keys, **values.get(section, {})}
     sources: dict[tuple[str, ...], str] = {}
     for source, section, key, value in [*_from_env(os.environ if env is None else env), *_from_flags(overrides)]:
         _check_keys({section: {key: value}}, where=source)

@@ -128,7 +128,10 @@ class Asker:
     async def _work(self, client: httpx.AsyncClient, waiting: Iterator[Ask], version: int) -> None:
         for ask in waiting:
             dialogue = await self._ask(client, ask, version)
-            self._journal.add(dialogue)
+            try:
+                self._journal.add(dialogue)
+            except OSError as error:
+                raise EvaluationError(f"a dialogue could not be written: {error.strerror}") from error
             self._tally.count(dialogue)
             self._tally.num_new += 1
             self._tally.num_tokens += dialogue.num_sampled

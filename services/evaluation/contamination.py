@@ -41,7 +41,8 @@ def overlaps(train: Iterable[Problem], benchmarks: Mapping[str, Sequence[Problem
     runs: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for name, problems in benchmarks.items():
         for i, problem in enumerate(problems):
-            said = words(problem.question)
+            if not (said := words(problem.question)):
+                continue
             exact.setdefault(said, []).append((name, i))
             for run in _runs(said):
                 runs.setdefault(run, []).append((name, i))

@@ -22,7 +22,7 @@ PAPER_COLOURS = {"multi": "tab:green", "base": "tab:gray"}
 
 
 def draw(results: Sequence[Results], folder: Path) -> list[Path]:
-    """One curve for each of `results`, which share benchmarks; those of the paper where the benchmark is the paper's."""
+    """A curve for each of `results`, which share benchmarks; the paper's too where the benchmark is one of its."""
     names = [name for name in results[0].curves if all(name in r.curves for r in results)]
     drawn = [_draw_benchmarks(results, names, folder / BENCHMARKS)]
     if len(names) > 1 and all(len(r.curves) == len(names) for r in results):

@@ -1,8 +1,9 @@
 """The finished dialogues of an evaluation, kept as they come: `dialogues.jsonl`; `evaluation.json` says of what.
 
-A run that was interrupted goes on after its last whole line. Whoever writes holds the folder.
+A run that was interrupted goes on after its last whole line.
 """
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -60,39 +61,41 @@ _decoder = msgspec.json.Decoder(Dialogue)
 _encoder = msgspec.json.Encoder()
 
 
-class Journal:
-    """The folder of one evaluation, open for writing. Use as a context manager.
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Make the folder and be the only one to write there. Raises ConfigError when somebody else is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"--output: {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--output: another evaluation is writing to {folder}") from error
+        yield
 
-    Raises ConfigError when another process writes there, or when it holds another evaluation.
+
+class Journal:
+    """The folder of one evaluation, open for writing by whoever holds it. Use as a context manager.
+
+    Raises ConfigError when it has another evaluation.
     """
 
     def __init__(self, folder: Path, header: Header) -> None:
         self._folder, self._header = folder, header
 
     def __enter__(self) -> Self:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"--output: {self._folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._identify()
-            self.done = {dialogue.key: dialogue for dialogue in _kept(self._folder, mends=True)}
-            self._file = (self._folder / DIALOGUES).open("ab")
-        except BlockingIOError as error:
-            self._lock.close()
-            raise ConfigError(f"--output: another evaluation is writing to {self._folder}") from error
-        except BaseException:
-            self._lock.close()
-            raise
+        self._identify()
+        self.done = {dialogue.key: dialogue for dialogue in _kept(self._folder, mends=True)}
+        self._file = (self._folder / DIALOGUES).open("ab")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-        self._lock.close()
 
     def add(self, dialogue: Dialogue) -> None:
         """Keep one more. Raises OSError when the disk is full: the dialogues before it are kept."""

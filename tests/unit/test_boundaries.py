@@ -21,13 +21,13 @@ HEAVY = {
     "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/"),
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
-# Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
+# Beyond `contracts` and itself: the grader ships its client; the command line runs evaluations in its own process, and
 # grades without a server by running the grader's application in its own process. It asks rollout whether a user's
 # environment can be had before anything starts, and reads the books that the learner keeps with its checkpoints.
 ALSO = {
     "rollout": ("services.grader.client",),
     "cli": (
-        "services.evaluation.results",
+        "services.evaluation",
         "services.grader.client",
         "services.grader.app",
         "services.rollout.environment",
