@@ -50,7 +50,7 @@ def _run(words: Sequence[str], make: Parser) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; 1 by default")
     parser.add_argument("--seeds", type=int, help="dialogues of each problem; 3 by default, greedy 1")
     parser.add_argument(
-        "--samples", type=int, help="independent samples for pass@k; the largest number of attempts by default; 0: none"
+        "--samples", type=int, help="independent samples for pass@k; by default twice the most attempts; 0: none"
     )
     parser.add_argument(
         "--sample-temperature", type=float, help="of these; by default as --temperature, or 1 where that is greedy"
@@ -75,7 +75,7 @@ def _run(words: Sequence[str], make: Parser) -> int:
         benchmarks=_names(options.benchmarks),
         attempts=attempts,
         seeds=(1 if is_greedy else SEEDS) if options.seeds is None else options.seeds,
-        samples=max(attempts) if options.samples is None else options.samples,
+        samples=2 * max(attempts) if options.samples is None else options.samples,
         temperature=options.temperature,
         sample_temperature=own_temperature if options.sample_temperature is None else options.sample_temperature,
         feedback=options.feedback,

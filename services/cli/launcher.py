@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from services.cli.preflight import has_checkpoints
+from services.cli.preflight import contamination, has_checkpoints
 from services.cli.progress import Progress
 from services.cli.services import PROGRAMS, Plan, Programs
 from services.cli.store import EmbeddedStore
@@ -109,6 +109,9 @@ async def _experiment(
     accept_changes: bool,
     programs: Programs,
 ) -> None:
+    if config.evaluation.benchmarks:
+        for line in await asyncio.to_thread(contamination, config):
+            progress.say(line)
     url = config.redis.url
     if not url:
         progress.doing("starting an embedded Valkey")

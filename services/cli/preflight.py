@@ -9,6 +9,8 @@ from services.contracts.config import ConfigError, RunConfig
 from services.contracts.ledger import run_prefix
 from services.contracts.problems import load_problems
 from services.contracts.store import connect
+from services.evaluation.benchmarks import load as load_benchmark
+from services.evaluation.contamination import overlaps, report
 from services.learner.algorithm import check_unchanged
 from services.learner.checkpoint import Checkpoints
 from services.rollout.environment import load_environment
@@ -41,6 +43,21 @@ def check_inputs(config: RunConfig) -> None:
     _check_model(config)
     load_environment(config.dialogue)
     load_problems(config)
+    for name in config.evaluation.benchmarks:
+        load_benchmark(name, folder=benchmarks_folder(config), config=config)
+
+
+def benchmarks_folder(config: RunConfig) -> Path | None:
+    """Where the files of `evaluation.benchmarks` are; None: on the hub."""
+    return config.evaluation.benchmarks_folder if config.evaluation.benchmarks_folder != Path("") else None
+
+
+def contamination(config: RunConfig) -> list[str]:
+    """Lines that say how many problems of `evaluation.benchmarks` are among those that are trained on."""
+    folder = benchmarks_folder(config)
+    sets = [load_benchmark(name, folder=folder, config=config) for name in config.evaluation.benchmarks]
+    train = load_problems(config).train
+    return report(overlaps(train, {one.name: one.problems for one in sets}), num_train=len(train))
 
 
 def has_checkpoints(run_dir: Path) -> bool:

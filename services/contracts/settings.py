@@ -447,6 +447,11 @@ class EvaluationSection(_Section):
     """0: greedy."""
     concurrency: Positive = 64
     """Dialogues at once."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks (docs/evaluation.md) that the model is to be judged by: how many of their problems are among those
+    that are trained on is said at the start."""
+    benchmarks_folder: Path = Path("")
+    """Where their files are, NAME.jsonl; empty: the Hugging Face hub."""
 
 
 class ConsoleSection(_Section):

@@ -89,7 +89,7 @@ def test_a_module_imports_only_what_it_may(path: Path) -> None:
         ("rollout/worker.py", "def f():\n    import torch"),
         ("rollout/worker.py", "from vllm.sampling_params import SamplingParams"),
         ("learner/loop.py", "import deepspeed"),
-        ("cli/launcher.py", "from services.evaluation.client import run"),
+        ("cli/launcher.py", "from services.learner.loop import run"),
     ],
 )
 def test_the_wall_sees_a_trespass(here: str, source: str) -> None:
