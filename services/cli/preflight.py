@@ -43,7 +43,8 @@ def check_inputs(config: RunConfig) -> None:
     _check_model(config)
     load_environment(config.dialogue)
     load_problems(config)
-    for name in config.evaluation.benchmarks:
+    measured = config.evaluation.sets if config.evaluation.every else ()
+    for name in dict.fromkeys((*config.evaluation.benchmarks, *measured)):
         load_benchmark(name, folder=benchmarks_folder(config), config=config)
 
 

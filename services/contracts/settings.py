@@ -447,6 +447,14 @@ class EvaluationSection(_Section):
     """0: greedy."""
     concurrency: Positive = 64
     """Dialogues at once."""
+    every: NonNegative = 0
+    """Updates between measurements during training, on `sets`, with the most attempts of `attempts`; the last update is
+    measured too. Training waits, so that a figure is of one version. They are in metrics.jsonl: `dev_accuracy` of the
+    held-out problems, which `learner.checkpoint_best` may name; `eval_NAME_accuracy` of others. 0: none."""
+    sets: Annotated[tuple[str, ...], Field(min_length=1)] = ("heldout",)
+    """heldout, or benchmarks by name (docs/evaluation.md)."""
+    timeout_s: PositiveFloat = 600.0
+    """Of one such measurement; then training goes on without it."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks (docs/evaluation.md) that the model is to be judged by: how many of their problems are among those
     that are trained on is said at the start."""
