@@ -101,19 +101,23 @@ def _compare(words: Sequence[str], make: Parser) -> int:
         prog="multiattempt eval compare",
         description="Two evaluations of the same problems, paired by problem: differences and p-values.",
     )
-    parser.add_argument("first", type=Path, help="folder of an evaluation")
-    parser.add_argument("second", type=Path, help="of another")
+    parser.add_argument("first", metavar="A[,A...]", help="folder of an evaluation; several are pooled as seeds of one")
+    parser.add_argument("second", metavar="B[,B...]", help="of another")
     parser.add_argument("--output", type=Path, help="folder for comparison.json, comparison.md and the pictures")
     options = parser.parse_args(words)
 
-    from services.evaluation.compare import compare, markdown
-    from services.evaluation.outcome import draw_results, read_evaluated, read_results, write_comparison
+    from services.evaluation.compare import compare, markdown, pool
+    from services.evaluation.outcome import draw_results, read_evaluated, write_comparison
+    from services.evaluation.summary import summarise
 
-    comparison = compare(read_evaluated(options.first), read_evaluated(options.second))
+    sides = [
+        pool([read_evaluated(Path(folder)) for folder in given.split(",")]) for given in (options.first, options.second)
+    ]
+    comparison = compare(*sides)
     print(markdown(comparison), end="")
     if options.output is not None:
         write_comparison(options.output, comparison)
-        draw_results([read_results(options.first), read_results(options.second)], options.output)
+        draw_results([summarise(side.header, side.dialogues) for side in sides], options.output)
     return 0
 
 

@@ -10,6 +10,7 @@ In which order to start them is `launcher`'s.
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
 HEALTHY_S = 60.0  # a service that lived this long starts its pauses anew
 MAX_CRASHES = 6  # in a row, none of them healthy, with no milestone between them
 LINE_LIMIT = 500
+CAUSE = re.compile(r"^(?!\{).*?((?<![\w.])[A-Za-z_][\w.]*(?:Error|Exception): .+)")
 
 
 class ServiceFailed(RuntimeError):
@@ -256,7 +258,17 @@ class Supervisor:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1][:LINE_LIMIT] if lines else 'it said nothing'} (log: {path})"
+        return f"{last_words(lines)[:LINE_LIMIT]} (log: {path})"
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """What a process that failed said last; where that points to a cause above it, as vLLM's does, the cause."""
+    if not lines:
+        return "it said nothing"
+    if "root cause above" in lines[-1]:
+        causes = [found[1] for line in lines[:-1] if (found := CAUSE.search(line)) and "root cause above" not in line]
+        return causes[-1] if causes else lines[-1]
+    return lines[-1]
 
 
 def backoff_s(crashes: int) -> float:

@@ -27,6 +27,7 @@ from services.evaluation.statistics import (
 from services.evaluation.summary import columns, problem_ids
 
 AVERAGE = "average"
+_ASKED = ("benchmarks", "attempts", "temperature", "feedback", "problems")
 READING = """Second minus first, in percentage points, with 95 % intervals (bootstrap over problems, which are paired).
 p: two-sided permutation test over problems, exact for a benchmark, by random signs for the average; not corrected for
 the number of rows. Gain: what further attempts add to the accuracy at the smallest number of attempts."""
@@ -81,6 +82,31 @@ class _Pair:
     def figure(self, which: int, weights: dict[int, int]) -> Floats:
         """[1 + B]."""
         return np.asarray(sum(weight * self.rows[which, n] for n, weight in weights.items()))
+
+
+def pool(parts: Sequence[Evaluated]) -> Evaluated:
+    """Several trainings of one kind as one: their dialogues are further seeds of each problem.
+
+    Raises ConfigError when they were not asked the same. Intervals stay over problems: of trainings there are too few.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    first, dialogues, offset = parts[0].header, list[Dialogue](), 0
+    for part in parts:
+        settings = part.header.settings
+        if other := [name for name in _ASKED if getattr(settings, name) != getattr(first.settings, name)]:
+            raise ConfigError(f"{first.model} and {part.header.model} cannot be pooled: other {other[0]}")
+        if part.header.data != first.data:
+            raise ConfigError(f"{first.model} and {part.header.model} cannot be pooled: other problems")
+        dialogues += [
+            msgspec.structs.replace(dialogue, seed_index=dialogue.seed_index + offset)
+            for dialogue in part.dialogues
+            if dialogue.temperature == settings.temperature and dialogue.seed_index < settings.seeds
+        ]
+        offset += settings.seeds
+    pooled = msgspec.structs.replace(first.settings, seeds=offset, samples=0)
+    model = " + ".join(part.header.model for part in parts)
+    return Evaluated(msgspec.structs.replace(first, model=model, settings=pooled), dialogues)
 
 
 def compare(first: Evaluated, second: Evaluated) -> Comparison:

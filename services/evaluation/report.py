@@ -12,6 +12,8 @@ Benchmarks are averaged unweighted. Recovered: solved, given that the first atte
 wrong answer that give it again. Tokens are sampled tokens. Resampling draws independent single attempts and stops at
 the first correct one, by the same oracle that the dialogues' feedback comes from; it is compared where it costs as many
 tokens as the dialogues: only what is above it is due to feedback."""
+OTHER_DECODING = """The samples were drawn at another temperature than the dialogues, so a part of the gain is the
+decoding's: the row with one attempt, where there is no feedback yet, shows how much."""
 NO_TRUTH = """The model was not told whether it was right: it made all its attempts, and its last answer counts. In
 brackets, what an oracle could have picked from all of them."""
 
@@ -24,8 +26,11 @@ def markdown(results: Results) -> str:
     if results.header.settings.samples:
         parts += ["## Independent samples (pass@k)", _pass_at(results)]
     parts += ["## Reading this", READING]
-    if results.header.settings.feedback == "none":
+    settings = results.header.settings
+    if settings.feedback == "none":
         parts.append(NO_TRUTH)
+    elif settings.samples and settings.sample_temperature != settings.temperature:
+        parts.append(OTHER_DECODING)
     parts += [f"- {trouble}" for trouble in troubles(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -51,7 +56,7 @@ def troubles(results: Results) -> list[str]:
     for curve in results.curves.values():
         dialogues = curve.num_problems * results.header.settings.seeds
         for point in curve.points:
-            where = f"{curve.title}, {point.max_attempts} allowed attempts"
+            where = f"{curve.title}, {point.max_attempts} allowed attempt{'s' * (point.max_attempts > 1)}"
             if point.refused:
                 found.append(f"{where}: {point.refused} of {dialogues} dialogues could not be run (counted unsolved)")
             if timeouts := point.verdicts.get("timeout", 0):

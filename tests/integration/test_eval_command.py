@@ -138,7 +138,7 @@ def test_what_answers_badly_is_told(fault: str, evaluate: Eval, problems: Path, 
         problems.write_text(json.dumps({"question": "9+" * 2000, "answer": 72}) + "\n" + problems.read_text())
         assert evaluate("--samples", "0") == 0
         assert (
-            "1 allowed attempts: 2 of 18 dialogues could not be run"
+            "1 allowed attempt: 2 of 18 dialogues could not be run"
             in (problems.parent / "out" / "results.md").read_text()
         )
 

@@ -4,7 +4,7 @@ import pytest
 from evaluation_data import make_dialogue, make_header
 
 from services.contracts.config import ConfigError
-from services.evaluation.compare import Evaluated, compare
+from services.evaluation.compare import Evaluated, compare, pool
 from services.evaluation.compare import markdown as comparison_page
 from services.evaluation.figures import draw
 from services.evaluation.report import markdown
@@ -77,7 +77,7 @@ def test_a_refused_dialogue_is_unsolved_and_told():
     dialogues = [make_dialogue("a", "c"), make_dialogue("b", "", n=1, refused="the prompt has 999 tokens")]
     results = summarise(make_header(attempts=(1,)), dialogues)
     assert results.curves["amc23"].points[0].accuracy.value == 0.5
-    assert "AMC 2023, 1 allowed attempts: 1 of 2 dialogues could not be run (counted unsolved)" in markdown(results)
+    assert "AMC 2023, 1 allowed attempt: 1 of 2 dialogues could not be run (counted unsolved)" in markdown(results)
 
 
 def test_the_page_has_the_papers_curves_where_the_benchmark_is_its_own():
@@ -117,6 +117,19 @@ def test_only_problems_that_both_were_asked_are_compared():
     comparison = compare(Evaluated(make_header(), TWO), Evaluated(make_header(temperature=1.0), fewer))
     assert {row.num_problems for row in comparison.rows} == {2}
     assert all(row.difference.value == 0.0 and row.p == 1.0 for row in comparison.rows)
+
+
+def test_several_trainings_are_pooled_as_seeds_of_one():
+    ones = [dialogue for dialogue in TWO if dialogue.max_attempts == 1]
+    parts = [Evaluated(make_header(attempts=(1,), seeds=1, samples=3, model=name), ones) for name in ("x", "y")]
+    parts[1] = Evaluated(parts[1].header, [make_dialogue(p, "c") for p in "abcd"])
+    pooled = pool(parts)
+    assert (pooled.header.model, pooled.header.settings.seeds, len(pooled.dialogues)) == ("x + y", 2, 8)
+    [point] = summarise(pooled.header, pooled.dialogues).curves["amc23"].points
+    assert (point.accuracy.value, point.accuracy_by_seed) == (0.75, (0.5, 1.0))
+    assert pool(parts[:1]) is parts[0]
+    with pytest.raises(ConfigError, match="x and z cannot be pooled: other temperature"):
+        pool([parts[0], Evaluated(make_header(attempts=(1,), model="z", temperature=0.0), ones)])
 
 
 def test_other_data_under_the_same_name_is_not_compared():
