@@ -119,7 +119,7 @@ def _add_grade(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _measure(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.command == "eval":
-        from services.cli.evaluation import main as evaluate
+        from services.cli.eval_arguments import main as evaluate
 
         return evaluate(rest, _Parser)
     return _grade(arguments)

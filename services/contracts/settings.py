@@ -435,7 +435,7 @@ class LearnerSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """[evaluation] accuracy against allowed attempts, before and after training."""
+    """[evaluation] accuracy against allowed attempts: before, during and after training."""
 
     enabled: bool = True
     """false: train only."""

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.__main__ import main
+from services.cli.eval_arguments import split_overrides
 from services.cli.evaluate import progress_line
-from services.cli.evaluation import split_overrides
 from services.cli.model_source import find_model, fingerprint
 from services.contracts.config import ConfigError, RunConfig, load
 from services.evaluation.asking import Tally
