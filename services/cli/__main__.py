@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 wrong configuration, 130 or 143 stopped."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("train", "serve", "prepare"):
+    if rest and arguments.command not in ("train", "serve", "prepare", "eval"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from services.contracts.config import ConfigError
 
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _begin(arguments, rest)
             case "serve":
                 return _serve(arguments.service, rest)
-            case "grade":
-                return _grade(arguments)
+            case "eval" | "grade":
+                return _measure(arguments, rest)
             case "chat":
                 return _chat(arguments)
             case "status" | "audit":
@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", help="make a run ready for services that are started one by one (containers)", allow_abbrev=False
     )
     prepare.add_argument("config", type=Path, help="TOML file; any setting can follow as --section.key value")
+    commands.add_parser(
+        "eval", help="accuracy of a model against allowed attempts, on benchmarks", allow_abbrev=False, add_help=False
+    )
     _add_grade(commands)
     _add_chat(commands)
     status = commands.add_parser("status", help="look at a run")
@@ -113,6 +116,14 @@ def _add_grade(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     grade.add_argument("--json", action="store_true", help="print JSON")
     grade.add_argument("--check", action="store_true", help="exit code 3 unless everything is correct")
+
+
+def _measure(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    if arguments.command == "eval":
+        from services.cli.eval_arguments import main as evaluate
+
+        return evaluate(rest, _Parser)
+    return _grade(arguments)
 
 
 def _grade(arguments: argparse.Namespace) -> int:

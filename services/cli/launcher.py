@@ -13,10 +13,11 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from services.cli.preflight import has_checkpoints
+from services.cli.preflight import contamination, has_checkpoints
 from services.cli.progress import Progress
 from services.cli.services import PROGRAMS, Plan, Programs
 from services.cli.store import EmbeddedStore
@@ -46,7 +47,7 @@ async def launch(
                 config, supervisor, store, progress, resume=resume, accept_changes=accept_changes, programs=programs
             )
         )
-        received = _stop_on_signals(running, supervisor, progress)
+        received = stop_on_signals(running, supervisor, progress, told="the learner saves what it has")
         try:
             return await _outcome(running, config, progress, command=command, received=received)
         finally:
@@ -78,7 +79,9 @@ async def _outcome(
     return code
 
 
-def _stop_on_signals(running: "asyncio.Task[None]", supervisor: Supervisor, progress: Progress) -> list[int]:
+def stop_on_signals(
+    running: "asyncio.Task[Any]", supervisor: Supervisor, progress: Progress, *, told: str
+) -> list[int]:
     """The first signal stops cleanly, a second one at once. Returns the list that received ones are added to."""
     received: list[int] = []
 
@@ -87,7 +90,7 @@ def _stop_on_signals(running: "asyncio.Task[None]", supervisor: Supervisor, prog
         if len(received) > 1:
             supervisor.kill()
         else:
-            progress.say("stopping: the learner saves what it has (again to stop at once)")
+            progress.say(f"stopping: {told} (again to stop at once)")
             running.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -106,6 +109,9 @@ async def _experiment(
     accept_changes: bool,
     programs: Programs,
 ) -> None:
+    if config.evaluation.benchmarks:
+        for line in await asyncio.to_thread(contamination, config):
+            progress.say(line)
     url = config.redis.url
     if not url:
         progress.doing("starting an embedded Valkey")

@@ -9,11 +9,14 @@ from services.contracts.config import ConfigError, RunConfig
 from services.contracts.ledger import run_prefix
 from services.contracts.problems import load_problems
 from services.contracts.store import connect
+from services.evaluation.benchmarks import load as load_benchmark
+from services.evaluation.contamination import overlaps, report
 from services.learner.algorithm import check_unchanged
 from services.learner.checkpoint import Checkpoints
 from services.rollout.environment import load_environment
 
 MIN_MEMORY_GB = 3.0  # engine, learner and grader of the smallest model, measured
+MIN_SERVING_GB = 1.5  # the same without the learner
 MIN_DISK_GB = 1.0
 REPLICA_GB = 1.0  # each further engine process before its weights
 # Copies of the weights file: one in each replica, and in the learner actor, critic, reference, their gradients and
@@ -36,10 +39,26 @@ def check(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> N
 
 def check_inputs(config: RunConfig) -> None:
     """Raise ConfigError for the first thing wrong with what the run reads, or with the place it writes to."""
-    _check_disk(config.run_dir)
+    check_disk(config.run_dir)
     _check_model(config)
     load_environment(config.dialogue)
     load_problems(config)
+    measured = config.evaluation.sets if config.evaluation.every else ()
+    for name in dict.fromkeys((*config.evaluation.benchmarks, *measured)):
+        load_benchmark(name, folder=benchmarks_folder(config), config=config)
+
+
+def benchmarks_folder(config: RunConfig) -> Path | None:
+    """Where the files of `evaluation.benchmarks` are; None: on the hub."""
+    return config.evaluation.benchmarks_folder if config.evaluation.benchmarks_folder != Path("") else None
+
+
+def contamination(config: RunConfig) -> list[str]:
+    """Lines that say how many problems of `evaluation.benchmarks` are among those that are trained on."""
+    folder = benchmarks_folder(config)
+    sets = [load_benchmark(name, folder=folder, config=config) for name in config.evaluation.benchmarks]
+    train = load_problems(config).train
+    return report(overlaps(train, {one.name: one.problems for one in sets}), num_train=len(train))
 
 
 def has_checkpoints(run_dir: Path) -> bool:
@@ -63,13 +82,14 @@ def available_memory_gb(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = CG
     return min(available, (int(limit) - used + int(stat.get("inactive_file", 0))) / 2**30)
 
 
-def check_memory(config: RunConfig, *, available_gb: float) -> None:
-    """Raise ConfigError when the run cannot fit into the host's memory."""
-    needed_gb = MIN_MEMORY_GB + (config.rollout.replicas - 1) * REPLICA_GB
-    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) and "cpu" not in (config.rollout.device, config.learner.device)
+def check_memory(config: RunConfig, *, available_gb: float, has_learner: bool = True) -> None:
+    """Raise ConfigError when the run cannot fit into the host's memory; without a learner it is only generated."""
+    needed_gb = (MIN_MEMORY_GB if has_learner else MIN_SERVING_GB) + (config.rollout.replicas - 1) * REPLICA_GB
+    devices = (config.rollout.device, config.learner.device) if has_learner else (config.rollout.device,)
+    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) and "cpu" not in devices
     if not on_gpu:
         needed_gb += config.rollout.replicas * config.rollout.kv_cache_mb / 1024
-        needed_gb += _weights_gb(config) * (config.rollout.replicas + LEARNER_COPIES)
+        needed_gb += _weights_gb(config) * (config.rollout.replicas + (LEARNER_COPIES if has_learner else 0))
     if available_gb < needed_gb:
         raise ConfigError(
             f"memory: {available_gb:.1f} GB available, about {needed_gb:.1f} GB are needed; close other programs, "
@@ -95,13 +115,14 @@ def _check_run_folder(config: RunConfig, *, resume: bool) -> None:
         raise ConfigError(f"--resume: there is no checkpoint under {config.run_dir}; leave --resume out to begin")
 
 
-def _check_disk(folder: Path) -> None:
+def check_disk(folder: Path, *, setting: str = "run.dir") -> None:
+    """Raise ConfigError when there is no room for what is written to `folder`, which need not exist yet."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     if not existing.is_dir():
-        raise ConfigError(f"run.dir: {existing} is a file; choose a folder")
+        raise ConfigError(f"{setting}: {existing} is a file; choose a folder")
     free_gb = shutil.disk_usage(existing).free / 2**30
     if free_gb < MIN_DISK_GB:
-        raise ConfigError(f"run.dir: {free_gb:.1f} GB free at {existing}, at least {MIN_DISK_GB:g} GB are needed")
+        raise ConfigError(f"{setting}: {free_gb:.1f} GB free at {existing}, at least {MIN_DISK_GB:g} GB are needed")
 
 
 def _check_model(config: RunConfig) -> None:

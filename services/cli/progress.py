@@ -82,6 +82,10 @@ class Progress:
             self._show(what)
             self.say(what)
 
+    def now(self, what: str) -> None:
+        """What the last line of a terminal shows; elsewhere nothing is written."""
+        self._show(what)
+
     def at_end(self, line: Callable[[], str]) -> None:
         """A line for the very end, made only then."""
         self._last = line

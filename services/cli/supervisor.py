@@ -10,6 +10,7 @@ In which order to start them is `launcher`'s.
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
 HEALTHY_S = 60.0  # a service that lived this long starts its pauses anew
 MAX_CRASHES = 6  # in a row, none of them healthy, with no milestone between them
 LINE_LIMIT = 500
+CAUSE = re.compile(r"^(?!\{).*?((?<![\w.])[A-Za-z_][\w.]*(?:Error|Exception): .+)")
 
 
 class ServiceFailed(RuntimeError):
@@ -56,12 +58,20 @@ class Crashes:
 class Supervisor:
     """Owns the processes. `stop` ends them all; then `close` ends the watchdog.
 
-    milestone: how far training has come for good, as a value that changes when it advances.
+    milestone: how far training has come for good, as a value that changes when it advances. start_tries: how often a
+    service that was never ready may crash.
     """
 
-    def __init__(self, logs: Path, progress: Progress, *, milestone: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        progress: Progress,
+        *,
+        milestone: Callable[[], object] = lambda: None,
+        start_tries: int = MAX_CRASHES,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self._logs, self._progress, self._milestone = logs, progress, milestone
+        self._logs, self._progress, self._milestone, self._start_tries = logs, progress, milestone, start_tries
         self._ready: dict[str, asyncio.Event] = {}
         self.watchdog = Watchdog()
         self._alive: dict[str, asyncio.subprocess.Process] = {}
@@ -156,10 +166,11 @@ class Supervisor:
             if not was_ever_ready:  # later, its configuration was good: what it misses is to come back
                 self._raise_if_misconfigured(service.name, code)
             crashes.count(was_ready=is_ready.is_set())
-            await self._pause_after_crash(service.name, code, crashes)
+            limit = MAX_CRASHES if was_ever_ready else self._start_tries
+            await self._pause_after_crash(service.name, code, crashes, limit=limit)
 
-    async def _pause_after_crash(self, name: str, code: int, crashes: Crashes) -> None:
-        if crashes.at_standstill >= MAX_CRASHES:
+    async def _pause_after_crash(self, name: str, code: int, crashes: Crashes, *, limit: int = MAX_CRASHES) -> None:
+        if crashes.at_standstill >= limit:
             raise ServiceFailed(f"{name} failed {crashes.at_standstill} times in a row: {self._last_line(name)}")
         pause_s = backoff_s(crashes.in_row)
         self._progress.say(f"{name} ended with {_meaning(code)}; starting it again in {pause_s:g} s")
@@ -247,7 +258,17 @@ class Supervisor:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1][:LINE_LIMIT] if lines else 'it said nothing'} (log: {path})"
+        return f"{last_words(lines)[:LINE_LIMIT]} (log: {path})"
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """What a process that failed said last; where that points to a cause above it, as vLLM's does, the cause."""
+    if not lines:
+        return "it said nothing"
+    if "root cause above" in lines[-1]:
+        causes = [found[1] for line in lines[:-1] if (found := CAUSE.search(line)) and "root cause above" not in line]
+        return causes[-1] if causes else lines[-1]
+    return lines[-1]
 
 
 def backoff_s(crashes: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.contracts.settings import (
@@ -73,20 +73,48 @@ class RunConfig(BaseSettings):
         """Only what `load` passes: it merges file, environment and command line itself, to report errors by key."""
         return (init_settings,)
 
+    @model_validator(mode="after")
+    def _best_by_development(self) -> "RunConfig":
+        best, every = self.learner.checkpoint_best.removeprefix("-"), self.evaluation.every
+        if best.startswith("eval_"):
+            raise ValueError(
+                f"learner.checkpoint_best: {best} is of a test set; choose by dev_accuracy, of the held-out problems"
+            )
+        if best.startswith("dev_"):
+            if not every or "heldout" not in self.evaluation.sets:
+                raise ValueError(
+                    f"learner.checkpoint_best: {best} needs evaluation.every above 0, and heldout in evaluation.sets"
+                )
+            if self.learner.checkpoint_every % every:
+                raise ValueError(
+                    f"learner.checkpoint_best: {best} is measured every {every} updates (evaluation.every); "
+                    f"learner.checkpoint_every, {self.learner.checkpoint_every}, must be a multiple"
+                )
+        return self
+
     @property
     def run_dir(self) -> Path:
         """Folder of this run: metrics, checkpoints, plots, the embedded Valkey's data."""
         return self.run.dir / self.run.name
 
 
-def load(path: Path | None, overrides: Sequence[str] = (), env: Mapping[str, str] | None = None) -> RunConfig:
+def load(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
     """Read a run's configuration.
 
     path: TOML file, or None for defaults. overrides: `["--learner.lr", "1e-4", ...]` (`--a.b=c` works too).
-    env: the environment, `os.environ` by default. Raises ConfigError with one line.
+    env: the environment, `os.environ` by default. base: values in place of the defaults.
+    Raises ConfigError with one line.
     """
     values: dict[str, dict[str, Any]] = _read_toml(path) if path else {}
     _check_keys(values, where=str(path))
+    for section, keys in (base or {}).items():
+        values[section] = {**keys, **values.get(section, {})}
     sources: dict[tuple[str, ...], str] = {}
     for source, section, key, value in [*_from_env(os.environ if env is None else env), *_from_flags(overrides)]:
         _check_keys({section: {key: value}}, where=source)
@@ -211,6 +239,8 @@ def _first_line(error: ValidationError, path: Path | None, sources: Mapping[tupl
     written = (sources or {}).get(parts[:2]) or path or "configuration"
     given = "" if isinstance(first["input"], dict | BaseModel) else f", got {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
+    if not parts:  # of several sections together: the message names them
+        return f"{written}: {message}"
     return f"{written}: {'.'.join(parts)}: {message}{given}"
 
 

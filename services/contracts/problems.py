@@ -43,7 +43,7 @@ def load_problems(config: RunConfig) -> Problems:
     else:
         if not data.train:
             raise ConfigError(f'data.train: empty; data.source = "{data.source}" needs a file or data set name')
-        train, heldout = _load(data, data.train), _load(data, data.heldout) if data.heldout else []
+        train, heldout = load_set(data, data.train), load_set(data, data.heldout) if data.heldout else []
     if heldout:
         seen = {problem.question for problem in heldout}
         train = [problem for problem in train if problem.question not in seen]
@@ -82,8 +82,12 @@ def _split(problems: list[Problem], heldout_size: int, seed: int) -> tuple[list[
     return [unique[i] for i in order[heldout_size:]], [unique[i] for i in order[:heldout_size]]
 
 
-def _load(data: DataSection, name: str) -> list[Problem]:
-    rows = _jsonl(Path(name)) if data.source == "jsonl" else _hub(name)
+def load_set(data: DataSection, name: str) -> list[Problem]:
+    """All problems of a file (`data.source = "jsonl"`) or a data set on the hub, by the fields that `data` names.
+
+    Raises ConfigError.
+    """
+    rows = jsonl_rows(Path(name)) if data.source == "jsonl" else hub_rows(name)
     problems = list(_problems(rows, data, name))
     if not problems:
         raise ConfigError(f"{name}: the data set is empty")
@@ -131,11 +135,12 @@ def _compile(pattern: str) -> re.Pattern[str] | None:
     return compiled
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) for each object in a file of JSON lines. Raises ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: no such data file (data.train, data.heldout)") from error
+        raise ConfigError(f"{path}: no such data file") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -147,7 +152,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", row
 
 
-def _hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """`name`, `name:split` or `name:config:split` on the Hugging Face hub."""
     try:
         import datasets
@@ -159,6 +164,6 @@ def _hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(parts[0], config_name, split=split)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: cannot load the data set: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{name}: cannot load the data set: {(str(error) or repr(error)).splitlines()[0]}") from error
     for number, row in enumerate(rows):
         yield f"{name}[{number}]", dict(row)

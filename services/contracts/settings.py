@@ -435,7 +435,7 @@ class LearnerSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """[evaluation] accuracy against allowed attempts, before and after training."""
+    """[evaluation] accuracy against allowed attempts: before, during and after training."""
 
     enabled: bool = True
     """false: train only."""
@@ -447,6 +447,19 @@ class EvaluationSection(_Section):
     """0: greedy."""
     concurrency: Positive = 64
     """Dialogues at once."""
+    every: NonNegative = 0
+    """Updates between measurements during training, on `sets`, with the most attempts of `attempts`; the last update is
+    measured too. Training waits, so that a figure is of one version. They are in metrics.jsonl: `dev_accuracy` of the
+    held-out problems, which `learner.checkpoint_best` may name; `eval_NAME_accuracy` of others. 0: none."""
+    sets: Annotated[tuple[str, ...], Field(min_length=1)] = ("heldout",)
+    """heldout, or benchmarks by name (docs/evaluation.md)."""
+    timeout_s: PositiveFloat = 600.0
+    """Of one such measurement; then training goes on without it."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks (docs/evaluation.md) that the model is to be judged by: how many of their problems are among those
+    that are trained on is said at the start."""
+    benchmarks_folder: Path = Path("")
+    """Where their files are, NAME.jsonl; empty: the Hugging Face hub."""
 
 
 class ConsoleSection(_Section):

@@ -1,7 +1,8 @@
-"""`python -m services.evaluation --config runs/<name>/config.json (--label before | --label after | --report)`."""
+"""Measure or report a run: `python -m services.evaluation --config runs/<name>/config.json --label before`."""
 
 import argparse
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="resolved configuration (JSON) of the run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--label", choices=LABELS, help="measure now, under this name")
+    what.add_argument("--version", type=int, help="measure this version on evaluation.sets, and print figures as JSON")
     what.add_argument("--report", action="store_true", help="print the table and draw the plots")
     arguments = parser.parse_args()
     from services.evaluation.run import EvaluationError
@@ -25,6 +27,10 @@ def main() -> int:
         config = load_resolved(arguments.config)
         if arguments.report:
             _report(config)
+        elif arguments.version is not None:
+            from services.evaluation.during import measure
+
+            print(json.dumps(asyncio.run(measure(config, arguments.version))))  # noqa: T201
         else:
             asyncio.run(_measure(config, arguments.label))
     except ConfigError as error:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_ranks(config.learner.processes, sys.argv[1:] if argv is None else argv)
         if int(os.environ.get("RANK", "0")) > 0:
             return _follow(config, resume=arguments.resume)
-        return asyncio.run(_lead(config, resume=arguments.resume))
+        return asyncio.run(_lead(config, arguments.config, resume=arguments.resume))
     except ConfigError as error:
         print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the line a user sees
         return EXIT_CONFIG
@@ -111,7 +111,7 @@ def _follow(config: RunConfig, *, resume: bool) -> int:
     return 0
 
 
-async def _lead(config: RunConfig, *, resume: bool) -> int:
+async def _lead(config: RunConfig, path: Path, *, resume: bool) -> int:
     from services.contracts.ledger import Ledger
     from services.contracts.observations import Figure, Observations, Reporter
     from services.contracts.problems import load_problems
@@ -119,6 +119,7 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
     from services.contracts.store import connect, refusal
     from services.contracts.telemetry import serve_health
     from services.contracts.tracing import close_tracing, configure_tracing
+    from services.learner.development import Development
     from services.learner.loop import Loop
     from services.learner.metrics import Metrics, summarise, weights_and_biases
     from services.learner.observer import Observer
@@ -164,6 +165,8 @@ async def _lead(config: RunConfig, *, resume: bool) -> int:
         summarise=summarise,
         keep=lambda step, batch: samples.keep(step, batch, trainer.insight),
     )
+    if config.evaluation.every:
+        loop.evaluate = Development(path, timeout_s=config.evaluation.timeout_s)
     observer = Observer(
         redis,
         ledger=ledger,

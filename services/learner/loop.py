@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -57,6 +57,9 @@ class Loop:
         keep: Callable[[int, Sequence[Trajectory]], None] = lambda _step, _batch: None,
     ) -> None:
         """keep: told the batch of each update that is done, for people to look at."""
+        # Measures the version that the replicas have, every so many updates; its figures are the step's too.
+        self.evaluate: Callable[[int], Awaitable[Mapping[str, float]]] | None = None
+        self._evaluate_every = config.evaluation.every
         self._steps, self._settings = config.run.steps, config.learner
         self._ledger, self._publisher, self._trainer = ledger, publisher, trainer
         self._sampler, self._metrics, self._summarise = sampler, metrics, summarise
@@ -100,6 +103,8 @@ class Loop:
             version = self._trainer.version
             if not self.stop.is_set():  # the replicas work while the checkpoint is written
                 await self._issue(version)
+            if self.evaluate is not None and (version % self._evaluate_every == 0 or version == self._steps):
+                figures |= await self._measure(self.evaluate(version), version)
             self._since.append(figures)
             is_due = version % self._settings.checkpoint_every == 0 or version == self._steps
             if (is_due and version > self._begun_version) or self._writing_failed:
@@ -111,6 +116,20 @@ class Loop:
             log.info("step", extra={"step": version, **figures})
         if self._trainer.version > self._saved_version:
             await self._save(durable=True)
+
+    async def _measure(self, evaluation: Awaitable[Mapping[str, float]], version: int) -> Mapping[str, float]:
+        """Figures of this version, which stays the replicas' meanwhile; none when asked to stop."""
+        self.phases.enter("evaluating")
+        _tell("evaluate", version)
+        measuring = asyncio.ensure_future(evaluation)
+        stopping = asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait({measuring, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return measuring.result() if measuring.done() else {}
+        finally:
+            for task in (measuring, stopping):
+                task.cancel()
+            await asyncio.gather(measuring, stopping, return_exceptions=True)
 
     async def _train(self, batch: list[Trajectory]) -> dict[str, float]:
         self._publishing = None
@@ -314,7 +333,9 @@ class Loop:
         _tell("checkpoint: close the books", version)
         closed = await self._bookkeeper.close(version)
         _tell("checkpoint: copy", version)
-        figures = averages(self._since, wanted=self._settings.checkpoint_best)
+        best = self._settings.checkpoint_best
+        is_missing = best.removeprefix("-").startswith("dev_") and not any("dev_accuracy" in f for f in self._since)
+        figures = averages(self._since, wanted="" if is_missing else best)  # an early checkpoint, a failed measurement
         writing = await asyncio.to_thread(self._trainer.save, self._next_task, closed.books, figures)
         self._writing = asyncio.create_task(self._acknowledge(writing, closed))
         self._begun_version = version

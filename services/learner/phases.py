@@ -7,12 +7,12 @@ from typing import Literal
 
 from prometheus_client import Counter
 
-Phase = Literal["waiting", "training", "publishing", "saving"]
+Phase = Literal["waiting", "training", "publishing", "saving", "evaluating"]
 WINDOW_S = 60.0
 
 SECONDS = Counter(
     "multiattempt_learner_phase_seconds_total",
-    "Time spent waiting (for a batch), training, publishing (weights), saving (a checkpoint)",
+    "Time spent waiting (for a batch), training, publishing (weights), saving (a checkpoint), evaluating",
     ["phase"],
 )
 

@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments.replica_id or f"{socket.gethostname()}-{port}"
         signals = Signals()
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), NO_LAST_WORD)))
+        import uvloop
+
         with leased_gpus(config, name):
-            return asyncio.run(_serve(config, model, listener, replica_id=name, signals=signals))
+            return uvloop.run(_serve(config, model, listener, replica_id=name, signals=signals))
     except ConfigError as error:
         print(f"multiattempt: error: {error}", file=sys.stderr)  # noqa: T201 - the one line
         return EXIT_CONFIG

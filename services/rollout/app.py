@@ -82,6 +82,7 @@ def _weights(replica: ReplicaProcess, control: WeightControl) -> APIRouter:
             version=replica.engine.version,
             step=replica.engine.version,
             device=replica.engine.device,
+            model=str(replica.model),
             loaded_at=newest.loaded_at if newest else None,
             digest=newest.digest if newest else None,
             history=history,

@@ -44,6 +44,7 @@ class Dialogue:
     max_model_len: int
     token_ids: list[int]
     reward_of: Callable[[Sequence[Verdict]], float]
+    ends_when_solved: bool = True  # false: all attempts are made, so that going on tells the model nothing
     attempts: list[Attempt] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     _spans: list[VersionSpan] = field(default_factory=list)
@@ -92,7 +93,7 @@ class Dialogue:
         self.attempts.append(
             Attempt(start=start, end=len(self.token_ids), extracted=extracted, verdict=verdict, grading_ms=grading_ms)
         )
-        if verdict is Verdict.CORRECT:
+        if verdict is Verdict.CORRECT and (self.ends_when_solved or self.attempts_left == 0):
             self.finish_reason = FinishReason.SOLVED
         elif sampled.hit_length and (self.attempts_left == 0 or self.budget == 0):
             self.finish_reason = FinishReason.LENGTH

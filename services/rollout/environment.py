@@ -15,7 +15,7 @@ from typing import Protocol
 
 from services.contracts.config import ConfigError
 from services.contracts.settings import DialogueSection
-from services.contracts.template import Turn, feedback_turn, prompt_turns
+from services.contracts.template import Turn, feedback_turn, neutral_turn, prompt_turns
 from services.contracts.wire import Task, Verdict
 from services.grader.client import Grade
 from services.rollout.reward import reward
@@ -63,6 +63,10 @@ class Environment(ABC):
     @abstractmethod
     def feedback(self, task: Task, judgement: Judgement, attempts_left: int) -> Turn:
         """What it is told after an attempt that was not correct, with `attempts_left` (1 or more) still to come."""
+
+    def neutral(self, task: Task, attempts_left: int) -> Turn:
+        """What it is told after any attempt in a dialogue that keeps the verdicts from it (an evaluation may ask)."""
+        return neutral_turn(self.settings, attempts_left=attempts_left)
 
     @abstractmethod
     def reward(self, verdicts: Sequence[Verdict]) -> float:

@@ -58,6 +58,9 @@ class DialogueRequest(_Request):
     seed: Annotated[int, Field(ge=0, le=MAX_INT32)] = 0
     """Of the sampling: the same weights, problem and seed give the same dialogue."""
     sampling: SamplingBody = SamplingBody()
+    feedback: Literal["truth", "none"] = "truth"
+    """truth: the model is told whether it was right, and the dialogue ends when it is. none: after every attempt the
+    model is asked for another in the same words, right or wrong, until it has made them all."""
     stream: bool = False
     """Answer with server-sent events; so does the header `Accept: text/event-stream`."""
 
@@ -117,6 +120,8 @@ class WeightsResponse(_Body):
     step: int
     """The same number, as the learner counts."""
     device: str
+    model: str
+    """Folder of the weights that the replica started with."""
     loaded_at: datetime | None
     """null: they are those that the replica started with."""
     digest: str | None

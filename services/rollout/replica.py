@@ -36,7 +36,7 @@ class ReplicaProcess:
     """The parts of one replica. `trouble` is why it is not ready, None when it is."""
 
     def __init__(self, config: RunConfig, *, model: Path, replica_id: str, url: str) -> None:
-        self.config = config
+        self.config, self.model = config, model
         self.engine = VllmEngine(config, model)
         self.runner: DialogueRunner
         self.worker: Worker

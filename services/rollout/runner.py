@@ -137,12 +137,14 @@ class DialogueRunner:
         on_progress: Callable[[Progress], None] = lambda _: None,
         listen: Listener = nobody,
         grader: Grader | None = None,
+        keeps_verdicts: bool = False,
     ) -> Trajectory:
         """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors.
 
         resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
         attempt that is followed by another. listen: told everything. grader: judges in place of the run's and of
-        what the environment has of its own.
+        what the environment has of its own. keeps_verdicts: the model is not told them: it makes all its
+        attempts, and is asked for each in the same neutral words.
         """
         key = object()
         self._since[key] = self._engine.version
@@ -150,20 +152,20 @@ class DialogueRunner:
             resume = None if resume is None or _is_stale(resume, task) else resume
             if resume is not None and resume.oldest_version is not None:
                 self._since[key] = min(self._since[key], resume.oldest_version)
-            return await self._run(task, resume, on_progress, listen, grader or self._grader)
+            dialogue = self._open(task, ends_when_solved=not keeps_verdicts)
+            return await self._run(dialogue, resume, on_progress, listen, grader or self._grader)
         finally:
             del self._since[key]
 
     async def _run(
         self,
-        task: Task,
+        dialogue: Dialogue,
         resume: Progress | None,
         on_progress: Callable[[Progress], None],
         listen: Listener,
         grader: Grader,
     ) -> Trajectory:
-        started, generate_s, grade_s = time.monotonic(), 0.0, 0.0
-        dialogue = self._open(task)
+        task, started, generate_s, grade_s = dialogue.task, time.monotonic(), 0.0, 0.0
         if resume is not None:
             dialogue.resume(resume)
             generate_s, grade_s = resume.timings.generate_s, resume.timings.grade_s
@@ -214,7 +216,7 @@ class DialogueRunner:
         attempt = trajectory.attempts[index]
         return self._text.decode(trajectory.token_ids[attempt.start : attempt.end].tolist())
 
-    def _open(self, task: Task) -> Dialogue:
+    def _open(self, task: Task, *, ends_when_solved: bool) -> Dialogue:
         ids = opening_ids(self._tokenizer, self._settings, self._environment.prompt(task))
         if len(ids) >= self._max_model_len:
             raise UnrunnableTask(
@@ -226,10 +228,14 @@ class DialogueRunner:
             max_model_len=self._max_model_len,
             token_ids=ids,
             reward_of=self._environment.reward,
+            ends_when_solved=ends_when_solved,
         )
 
     def _feedback(self, dialogue: Dialogue, judgement: Judgement, *, closed: bool) -> list[int]:
-        turn = self._environment.feedback(dialogue.task, judgement, dialogue.attempts_left)
+        if dialogue.ends_when_solved:
+            turn = self._environment.feedback(dialogue.task, judgement, dialogue.attempts_left)
+        else:
+            turn = self._environment.neutral(dialogue.task, dialogue.attempts_left)
         return list(self._reply_ids(turn, closed))
 
     async def _sample(self, dialogue: Dialogue, listen: Listener) -> tuple[Sampled, str]:

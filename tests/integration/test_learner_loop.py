@@ -233,3 +233,49 @@ async def test_the_parts_of_a_step_sum_to_the_whole(redis: Redis) -> None:
         assert sum(parts) == pytest.approx(line["step_s"], rel=1e-9) and min(parts) >= 0
     assert [line["checkpoint_s"] > 0 for line in lines] == [False, True, False, True, True]
     assert sum(line["step_s"] for line in lines) < time.perf_counter() - started
+
+
+async def test_a_version_is_measured_while_the_replicas_have_it_and_a_failure_costs_only_the_figure(
+    redis: Redis,
+) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    config = make_config()
+    config = config.model_copy(
+        update={
+            "evaluation": config.evaluation.model_copy(update={"every": 2}),
+            "learner": config.learner.model_copy(update={"checkpoint_best": "dev_accuracy"}),
+        }
+    )
+    loop = make_loop(redis, config, trainer, publisher)
+    seen: list[tuple[int, int, int]] = []
+
+    async def evaluate(version: int) -> dict[str, float]:
+        await asyncio.sleep(0.3)  # the replicas have their next tasks meanwhile
+        seen.append((version, publisher.version, trainer.version))
+        return {"dev_accuracy": version / 10} if version != 4 else {}
+
+    loop.evaluate = evaluate
+    async with rollout(redis, publisher):
+        await loop.run()
+    assert seen == [(2, 2, 2), (4, 4, 4), (5, 5, 5)]
+    lines = loop._metrics.lines  # type: ignore[attr-defined]
+    assert [figures.get("dev_accuracy") for _, figures in lines] == [None, 0.2, None, None, 0.5]
+    assert [version for version, _ in trainer.saved] == [2, 4, 5]
+    assert [len({t.task_id for t in batch}) for batch in trainer.batches] == [8] * 5
+
+
+async def test_a_measurement_does_not_keep_the_run_from_stopping(redis: Redis) -> None:
+    trainer, publisher = MemoryTrainer(), MemoryPublisher()
+    config = make_config()
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 1})})
+    loop = make_loop(redis, config, trainer, publisher)
+
+    async def evaluate(version: int) -> dict[str, float]:
+        loop.stop.set()
+        await asyncio.sleep(1000)
+        return {}
+
+    loop.evaluate = evaluate
+    async with rollout(redis, publisher):
+        await loop.run()
+    assert [version for version, _ in trainer.saved] == [trainer.version] and trainer.version < 5

@@ -21,13 +21,13 @@ HEAVY = {
     "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/"),
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
-# Beyond `contracts` and itself: the grader ships its client; the command line draws the table and plot of results, and
+# Beyond `contracts` and itself: the grader ships its client; the command line runs evaluations in its own process, and
 # grades without a server by running the grader's application in its own process. It asks rollout whether a user's
 # environment can be had before anything starts, and reads the books that the learner keeps with its checkpoints.
 ALSO = {
     "rollout": ("services.grader.client",),
     "cli": (
-        "services.evaluation.results",
+        "services.evaluation",
         "services.grader.client",
         "services.grader.app",
         "services.rollout.environment",
@@ -89,7 +89,7 @@ def test_a_module_imports_only_what_it_may(path: Path) -> None:
         ("rollout/worker.py", "def f():\n    import torch"),
         ("rollout/worker.py", "from vllm.sampling_params import SamplingParams"),
         ("learner/loop.py", "import deepspeed"),
-        ("cli/launcher.py", "from services.evaluation.client import run"),
+        ("cli/launcher.py", "from services.learner.loop import run"),
     ],
 )
 def test_the_wall_sees_a_trespass(here: str, source: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from services.cli import supervisor as supervisor_module
 from services.cli.progress import Progress
 from services.cli.services import Service
-from services.cli.supervisor import Crashes, ServiceFailed, Supervisor
+from services.cli.supervisor import Crashes, ServiceFailed, Supervisor, last_words
 from services.contracts.config import ConfigError
 
 
@@ -98,3 +98,34 @@ async def test_a_wrong_configuration_ends_the_run_at_the_first_start(
 async def test_one_that_hangs_at_its_first_start_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     end = await kept_until_it_fails(tmp_path, monkeypatch, "import time\ntime.sleep(60)", ready_s=0.3)
     assert end == "ServiceFailed: rollout-0 was not ready within 0.3 s: no answer"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "it said nothing"),
+        (["ValueError: a", "multiattempt: error: b"], "multiattempt: error: b"),
+        (
+            ["OSError: old", "(EngineCore pid=12) ERROR 11-21 [core.py:3] ValueError: Free memory on cuda:0 is less",
+             '{"msg": "RuntimeError: x"}', "RuntimeError: failed. See root cause above."],
+            "ValueError: Free memory on cuda:0 is less",
+        ),
+        (["nothing of the kind", "RuntimeError: See root cause above."], "RuntimeError: See root cause above."),
+    ],
+)  # fmt: skip
+def test_a_failures_last_words_are_its_cause(lines: list[str], said: str) -> None:
+    assert last_words(lines) == said
+
+
+async def test_a_service_that_never_was_ready_is_tried_as_often_as_it_is_told(tmp_path: Path) -> None:
+    with Progress() as progress:
+        supervisor = Supervisor(tmp_path, progress, start_tries=2)
+        lines = "import sys; print('OSError: no memory', file=sys.stderr); sys.exit(1)"
+        service = Service("engine", (sys.executable, "-c", lines), {}, ready_url="http://127.0.0.1:9/", ready_s=60.0)
+        supervisor.keep(service)
+        try:
+            with pytest.raises(ServiceFailed, match="engine failed 2 times in a row: OSError: no memory"):
+                await supervisor.until_ready([service])
+        finally:
+            await supervisor.stop()
+            supervisor.close()

@@ -252,3 +252,24 @@ def test_settings_cannot_be_changed_once_read(section: str) -> None:
     values = getattr(load(None, [], {}), section)
     with pytest.raises(ValueError, match="frozen"):
         setattr(values, next(iter(type(values).model_fields)), None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--learner.checkpoint_best=eval_math500_accuracy"], "is of a test set; choose by dev_accuracy"),
+        (["--learner.checkpoint_best=dev_accuracy"], "needs evaluation.every above 0"),
+        (
+            ["--learner.checkpoint_best=-dev_accuracy", "--evaluation.every=3", "--learner.checkpoint_every=8"],
+            "every 3 updates .* learner.checkpoint_every, 8, must be a multiple",
+        ),
+        (
+            ["--learner.checkpoint_best=dev_accuracy", "--evaluation.every=1", '--evaluation.sets=["gsm8k"]'],
+            "heldout in evaluation.sets",
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_what_is_measured_and_never_by_a_test_set(flags, told):
+    with pytest.raises(ConfigError, match=f"^configuration: learner.checkpoint_best: .*{told}"):
+        load(None, flags, env={})
+    load(None, ["--learner.checkpoint_best=dev_accuracy", "--evaluation.every=4"], env={})

@@ -80,6 +80,17 @@ async def test_the_second_prompt_is_the_first_one_the_attempt_and_honest_feedbac
     assert engine.seeds == [7, 8]
 
 
+async def test_where_verdicts_are_kept_every_attempt_is_made_and_asked_for_alike(make_runner, ids, tokenizer):
+    engine = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{3}"), ids("\\boxed{2}")])
+    runner = make_runner(engine, FakeGrader(CORRECT, WRONG, CORRECT))
+    trajectory = await runner.run(make_task(attempts=3), keeps_verdicts=True)
+    assert [attempt.verdict for attempt in trajectory.attempts] == [CORRECT, WRONG, CORRECT]
+    assert trajectory.finish_reason is FinishReason.SOLVED
+    told = tokenizer.decode(trajectory.token_ids[~trajectory.action_mask])
+    assert "You have 2 attempts left. Try again." in told and "You have 1 attempt left. Try again." in told
+    assert "incorrect" not in told
+
+
 async def test_without_stop_at_box_the_attempt_runs_on(make_runner, ids):
     engine, grader = FakeEngine([ids("\\boxed{3} or \\boxed{4}")]), FakeGrader(CORRECT)
     await make_runner(engine, grader, "--dialogue.stop_at_box=false").run(make_task())
