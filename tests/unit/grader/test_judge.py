@@ -1,3 +1,5 @@
+import logging
+
 """The judge over a pool that counts what it is asked: what needs no worker, what is remembered, and what is not."""
 
 from collections.abc import Sequence
@@ -110,6 +112,7 @@ async def test_a_full_queue_refuses_the_whole_request_and_leaves_no_trace() -> N
 
 
 async def test_an_answer_that_took_too_long_is_in_the_log_under_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="services.grader")  # `multiattempt grade` wants less of it
     judge = Judge(cast(Pool, CountingPool()), cache_items=0)
     requests = [
         GradeRequest(response="\\boxed{slow}", gold="1", id="7" * 100),
