@@ -1,7 +1,6 @@
-import logging
-
 """The judge over a pool that counts what it is asked: what needs no worker, what is remembered, and what is not."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
