@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NoReturn
 
 import docs_examples
 import pytest
@@ -17,6 +18,8 @@ import yaml
 from docs_examples import ROOT, Command
 
 from services.cli.__main__ import _parser
+from services.cli.eval_arguments import COMMANDS as COMMANDS_OF_EVAL
+from services.cli.eval_arguments import main as evaluate
 from services.console.__main__ import main as console
 from services.contracts.config import RunConfig, load
 from services.grader.__main__ import main as grader
@@ -73,13 +76,30 @@ TARGETS = re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE)
 STACK = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
 
 
+class UnderstoodError(Exception):
+    """The words were: nothing shall come of them."""
+
+
+class Reader(argparse.ArgumentParser):
+    """Parses, and no more."""
+
+    def parse_args(self, *words: Any) -> NoReturn:  # type: ignore[override]
+        super().parse_args(*words)
+        raise UnderstoodError
+
+
 def multiattempt(arguments: list[str], tmp_path: Path) -> None:
     """A service is told a configuration that does not exist: what it says of everything else comes before."""
     if len(arguments) == 1:  # in the text: its name alone
         assert f"\n    {arguments[0]} " in _parser().format_help()
         return
+    if arguments[0] == "eval" and arguments[1:] in [[command] for command in COMMANDS_OF_EVAL]:
+        return
     parsed, rest = _parser().parse_known_args(arguments)
-    if parsed.command == "serve":
+    if parsed.command == "eval":
+        with pytest.raises(UnderstoodError):
+            evaluate(rest, Reader)
+    elif parsed.command == "serve":
         nowhere = [word if "/" not in word else str(tmp_path / "none") for word in rest]
         config = [] if parsed.service == "console" else ["--config", str(tmp_path / "none")]
         assert SERVICES[parsed.service]([*nowhere, *config]) == EXIT_CONFIG
@@ -118,6 +138,8 @@ def compose(words: list[str], tmp_path: Path) -> None:
         "multiattempt train configs/none.toml",
         "multiattempt serve learner --config c.json --resum=1",
         "multiattempt serve grader --ports 3",
+        "multiattempt eval runs/demo --benchmark aime24 --atempts 2",
+        "multiattempt eval show --wrng runs/x",
         "make dmeo",
         "make demo TORCH_INDX=x",
         "docker compose up -d grafana3",
