@@ -26,7 +26,9 @@ FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="multiattempt engine, CPU" \
       org.opencontainers.image.description="Rollout (vLLM) and learner (DeepSpeed) without a GPU" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --system --uid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin engine \
+# vLLM's CPU kernels link against libnuma; slim images lack it.
+RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/* \
+ && useradd --system --uid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin engine \
  && install -d -o 10001 -g 10001 /runs /models /cache
 COPY --from=build /opt/engine /opt/engine
 ENV PATH=/opt/engine/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/cache XDG_CACHE_HOME=/cache \
