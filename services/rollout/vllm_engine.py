@@ -9,6 +9,7 @@ beside it (docs/results/rollout-exactness.md): in bf16 the same task may be anot
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import os
 import time
@@ -24,6 +25,7 @@ from services.rollout.runner import Completion, EngineDead, GenerationAborted, U
 BLOCK_TOKENS = 32  # prefix-cache granularity; vLLM's CPU default of 128 is longer than many prompts
 BATCHED_TOKENS = 8192  # prefilled in one step on a CPU
 RPC_TIMEOUT_S = 10.0
+NUMA = "libnuma.so.1"
 # Read by vLLM when it is imported. The worker lives in the engine's process: no busy-waiting between the two. Threads
 # are not pinned: "auto" would pin every replica to the same core.
 ENVIRONMENT = {
@@ -123,8 +125,10 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(self._config.rollout.threads)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if not self._on_gpu() and self._config.model.dtype == "bfloat16":
-            _check_amx()
+        if not self._on_gpu():
+            _check_libraries()
+            if self._config.model.dtype == "bfloat16":
+                _check_amx()
         import vllm.v1.engine.async_llm  # noqa: F401 - seconds
 
         from services.rollout.weights import register
@@ -322,6 +326,14 @@ def cpu_arguments(*, kv_cache_mb: int, max_model_len: int) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
     }
+
+
+def _check_libraries() -> None:
+    """Raises ConfigError where vLLM's CPU kernels cannot be loaded: it would go on without, to an obscure end."""
+    try:
+        ctypes.CDLL(NUMA)
+    except OSError as error:
+        raise ConfigError(f"vLLM's CPU kernels need {NUMA}: {error}; apt install libnuma1") from error
 
 
 def _check_amx() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from services.contracts.config import load
+from services.contracts.config import ConfigError, load
 from services.contracts.wire import Sampling
+from services.rollout import vllm_engine
 from services.rollout.runner import GenerationAborted
 from services.rollout.vllm_engine import VllmEngine
 
@@ -174,3 +175,10 @@ def test_log_probabilities_are_the_same_without_the_ranks_that_nobody_reads(monk
     found = sampler.Sampler.gather_logprobs(logprobs, 0, chosen)
     assert torch.equal(found.logprobs[:, 0], logprobs[torch.arange(3), chosen])
     assert found.selected_token_ranks.shape == (3,)
+
+
+def test_a_library_that_vllm_would_do_without_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_engine._check_libraries()  # it is here
+    monkeypatch.setattr(vllm_engine, "NUMA", "libnone.so.1")
+    with pytest.raises(ConfigError, match=r"need libnone\.so\.1: .*; apt install libnuma1"):
+        vllm_engine._check_libraries()
