@@ -28,6 +28,7 @@ LABEL org.opencontainers.image.title="multiattempt engine, CPU" \
       org.opencontainers.image.licenses="Apache-2.0"
 # vLLM's CPU kernels link against libnuma; slim images lack it.
 RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/* \
+ && python -m pip uninstall --quiet --yes pip setuptools wheel \
  && useradd --system --uid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin engine \
  && install -d -o 10001 -g 10001 /runs /models /cache
 COPY --from=build /opt/engine /opt/engine

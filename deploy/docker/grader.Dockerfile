@@ -23,7 +23,8 @@ FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="multiattempt grader" \
       org.opencontainers.image.description="Is this answer mathematically equal to that one? Over HTTP." \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin grader
+RUN python -m pip uninstall --quiet --yes pip setuptools wheel \
+ && useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin grader
 COPY --from=build /opt/grader /opt/grader
 ENV PATH=/opt/grader/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
