@@ -5,6 +5,7 @@ tests/unit/contracts/test_reference.py, the demo and the stack by tests/e2e and 
 """
 
 import argparse
+import contextlib
 import re
 import shlex
 import subprocess
@@ -102,7 +103,8 @@ def multiattempt(arguments: list[str], tmp_path: Path) -> None:
     elif parsed.command == "serve":
         nowhere = [word if "/" not in word else str(tmp_path / "none") for word in rest]
         config = [] if parsed.service == "console" else ["--config", str(tmp_path / "none")]
-        assert SERVICES[parsed.service]([*nowhere, *config]) == EXIT_CONFIG
+        with contextlib.chdir(tmp_path):  # where no run is that could be served
+            assert SERVICES[parsed.service]([*nowhere, *config]) == EXIT_CONFIG
     elif parsed.command in ("train", "prepare"):
         if parsed.config.name not in OF_A_READER:
             load(ROOT / parsed.config, rest, env={})
