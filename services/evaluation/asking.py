@@ -147,9 +147,8 @@ class Asker:
             "max_attempts": ask.max_attempts,
             "seed": seed,
             "sampling": {"temperature": ask.temperature},
+            "feedback": self._settings.feedback,
         }
-        if self._settings.feedback != "truth":
-            body["feedback"] = self._settings.feedback
         answer = await self._patiently(client, body)
         identity = {name: getattr(ask, name) for name in Ask.__struct_fields__}
         kept: dict[str, Any] = {"question": problem.question, "gold": problem.gold, "seed": seed}

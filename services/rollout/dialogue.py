@@ -75,8 +75,12 @@ class Dialogue:
 
     @property
     def reward(self) -> float:
-        """Of the attempts so far. Raises ValueError for one that is no finite number: nothing could be learnt."""
-        verdicts = [attempt.verdict for attempt in self.attempts]
+        """Of the attempts so far; of the last alone where verdicts are kept from the model.
+
+        Raises ValueError for one that is no finite number: nothing could be learnt.
+        """
+        judged = self.attempts if self.ends_when_solved else self.attempts[-1:]
+        verdicts = [attempt.verdict for attempt in judged]
         earned = float(self.reward_of(verdicts))
         if not math.isfinite(earned):
             raise ValueError(f"the reward of {[str(verdict) for verdict in verdicts]} is {earned}")

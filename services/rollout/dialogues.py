@@ -89,7 +89,7 @@ async def _run(replica: ReplicaProcess, body: DialogueRequest, emit: Emit, peopl
     )
     narrator = _Narrator(replica, task, emit)
     grader: Grader | None = None if body.gold else PersonAsGrader(people, narrator.put_question)
-    running = replica.runner.run(task, listen=narrator.tell, grader=grader, keeps_verdicts=body.feedback == "none")
+    running = replica.runner.run(task, listen=narrator.tell, grader=grader, feedback=body.feedback)
     try:
         trajectory = await unless(replica.done.wait(), running, HTTPException(503, "the replica is stopping"))
     except UnrunnableTask as error:

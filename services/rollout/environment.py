@@ -65,14 +65,15 @@ class Environment(ABC):
         """What it is told after an attempt that was not correct, with `attempts_left` (1 or more) still to come."""
 
     def neutral(self, task: Task, attempts_left: int) -> Turn:
-        """What it is told after any attempt in a dialogue that keeps the verdicts from it (an evaluation may ask)."""
+        """What it is told after any attempt where verdicts are kept from it (`dialogue.feedback = "none"`)."""
         return neutral_turn(self.settings, attempts_left=attempts_left)
 
     @abstractmethod
     def reward(self, verdicts: Sequence[Verdict]) -> float:
         """Of a finished dialogue whose attempts were judged `verdicts`, in order, at least one; a finite number.
 
-        A dialogue ends at the first CORRECT, with its last attempt, or when its tokens are spent.
+        A dialogue ends at the first CORRECT, with its last attempt, or when its tokens are spent. Where verdicts are
+        kept from the model it goes on after a CORRECT, and only the last attempt's verdict is given here.
         """
 
     async def judge(self, task: Task, response: str, grader: Grader) -> Judgement:

@@ -58,9 +58,10 @@ class DialogueRequest(_Request):
     seed: Annotated[int, Field(ge=0, le=MAX_INT32)] = 0
     """Of the sampling: the same weights, problem and seed give the same dialogue."""
     sampling: SamplingBody = SamplingBody()
-    feedback: Literal["truth", "none"] = "truth"
+    feedback: Literal["truth", "none"] | None = None
     """truth: the model is told whether it was right, and the dialogue ends when it is. none: after every attempt the
-    model is asked for another in the same words, right or wrong, until it has made them all."""
+    model is asked for another in the same words, right or wrong, until it has made them all. Left out: the run's own,
+    `dialogue.feedback`."""
     stream: bool = False
     """Answer with server-sent events; so does the header `Accept: text/event-stream`."""
 

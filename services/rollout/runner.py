@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -137,14 +137,13 @@ class DialogueRunner:
         on_progress: Callable[[Progress], None] = lambda _: None,
         listen: Listener = nobody,
         grader: Grader | None = None,
-        keeps_verdicts: bool = False,
+        feedback: Literal["truth", "none"] | None = None,
     ) -> Trajectory:
         """Run the task. Raises UnrunnableTask, GraderUnavailableError, GenerationAborted and engine errors.
 
         resume: go on from here, unless weights too old for the task began it. on_progress: told after each judged
         attempt that is followed by another. listen: told everything. grader: judges in place of the run's and of
-        what the environment has of its own. keeps_verdicts: the model is not told them: it makes all its
-        attempts, and is asked for each in the same neutral words.
+        what the environment has of its own. feedback: in place of the run's `dialogue.feedback`.
         """
         key = object()
         self._since[key] = self._engine.version
@@ -152,7 +151,8 @@ class DialogueRunner:
             resume = None if resume is None or _is_stale(resume, task) else resume
             if resume is not None and resume.oldest_version is not None:
                 self._since[key] = min(self._since[key], resume.oldest_version)
-            dialogue = self._open(task, ends_when_solved=not keeps_verdicts)
+            ends_when_solved = (feedback or self._settings.feedback) == "truth"
+            dialogue = self._open(task, ends_when_solved=ends_when_solved)
             return await self._run(dialogue, resume, on_progress, listen, grader or self._grader)
         finally:
             del self._since[key]

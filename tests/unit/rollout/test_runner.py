@@ -83,12 +83,28 @@ async def test_the_second_prompt_is_the_first_one_the_attempt_and_honest_feedbac
 async def test_where_verdicts_are_kept_every_attempt_is_made_and_asked_for_alike(make_runner, ids, tokenizer):
     engine = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{3}"), ids("\\boxed{2}")])
     runner = make_runner(engine, FakeGrader(CORRECT, WRONG, CORRECT))
-    trajectory = await runner.run(make_task(attempts=3), keeps_verdicts=True)
+    trajectory = await runner.run(make_task(attempts=3), feedback="none")
     assert [attempt.verdict for attempt in trajectory.attempts] == [CORRECT, WRONG, CORRECT]
     assert trajectory.finish_reason is FinishReason.SOLVED
     told = tokenizer.decode(trajectory.token_ids[~trajectory.action_mask])
     assert "You have 2 attempts left. Try again." in told and "You have 1 attempt left. Try again." in told
     assert "incorrect" not in told
+
+
+async def test_where_verdicts_are_kept_only_the_last_attempt_earns(make_runner, ids):
+    engine, grader = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{3}")]), FakeGrader(CORRECT, WRONG)
+    trajectory = await make_runner(engine, grader, "--dialogue.feedback=none").run(make_task(attempts=2))
+    assert not trajectory.is_solved
+    assert trajectory.finish_reason is FinishReason.ATTEMPTS
+    assert trajectory.reward == -0.5
+
+
+async def test_a_caller_may_ask_for_other_feedback_than_the_run_has(make_runner, ids):
+    engine, grader = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{3}")]), FakeGrader(CORRECT, WRONG)
+    runner = make_runner(engine, grader, "--dialogue.feedback=none")
+    trajectory = await runner.run(make_task(attempts=2), feedback="truth")
+    assert [attempt.verdict for attempt in trajectory.attempts] == [CORRECT]
+    assert trajectory.reward == 1.0
 
 
 async def test_without_stop_at_box_the_attempt_runs_on(make_runner, ids):

@@ -1,0 +1,62 @@
+"""What is trained: the arms of the experiment, each the same configuration with few settings changed.
+
+All start from one model (warm-up included), learn from one set of problems and are judged on another, the same for all;
+a training seed decides the order of problems, the numbers of attempts, sampling and the critic's head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = Path("configs/reproduce.toml")
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of training. title: as tables call it; flags: beyond CONFIG; seeds: a training for each."""
+
+    name: str
+    title: str
+    flags: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = SEEDS
+    feedback: tuple[str, ...] = ("truth",)
+    """What it is evaluated with; the first is the main one."""
+    tokens_of: str = ""
+    """An arm whose sampled tokens this one may use: so many more updates. Empty: as many updates as CONFIG says."""
+
+
+MULTI, SINGLE, SINGLE_LONG = "multi", "single", "single-long"
+BLIND, SYNCHRONOUS, STALE = "blind", "synchronous", "stale-4"
+ARMS = (
+    Arm(MULTI, "multi-attempt, N in 1..5", feedback=("truth", "none")),
+    Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",), feedback=("truth", "none")),
+    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), tokens_of=MULTI),
+    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), feedback=("truth", "none")),
+    Arm(
+        SYNCHRONOUS,
+        "staleness 0",
+        # Nothing is generated while the learner works, so each has both cores in its turn.
+        ("--learner.max_staleness=0", "--learner.threads=0", "--rollout.threads=0"),
+    ),
+    Arm(STALE, "staleness 4", ("--learner.max_staleness=4",)),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One run."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return f"{self.arm.name}-{self.seed}"
+
+
+def trainings(arms: Sequence[Arm] = ARMS) -> list[Training]:
+    """All of them; an arm's budget of tokens is known when its model has been trained, so that one comes first."""
+    return [Training(arm, seed) for arm in arms for seed in arm.seeds]
