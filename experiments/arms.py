@@ -10,6 +10,7 @@ from pathlib import Path
 
 CONFIG = Path("configs/reproduce.toml")
 SEEDS = (1, 2, 3)
+FEWER = (1, 2)  # of the arms beside the two that the claims are about
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,17 @@ MULTI, SINGLE, SINGLE_LONG = "multi", "single", "single-long"
 BLIND, SYNCHRONOUS, STALE = "blind", "synchronous", "stale-4"
 ARMS = (
     Arm(MULTI, "multi-attempt, N in 1..5", feedback=("truth", "none")),
-    Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",), feedback=("truth", "none")),
-    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), tokens_of=MULTI),
-    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), feedback=("truth", "none")),
+    Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",)),
+    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), FEWER, tokens_of=MULTI),
+    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, ("truth", "none")),
     Arm(
         SYNCHRONOUS,
         "staleness 0",
         # Nothing is generated while the learner works, so each has both cores in its turn.
         ("--learner.max_staleness=0", "--learner.threads=0", "--rollout.threads=0"),
+        FEWER,
     ),
-    Arm(STALE, "staleness 4", ("--learner.max_staleness=4",)),
+    Arm(STALE, "staleness 4", ("--learner.max_staleness=4",), FEWER),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -58,5 +60,9 @@ class Training:
 
 
 def trainings(arms: Sequence[Arm] = ARMS) -> list[Training]:
-    """All of them; an arm's budget of tokens is known when its model has been trained, so that one comes first."""
-    return [Training(arm, seed) for arm in arms for seed in arm.seeds]
+    """All of them, one seed after the other: what comes first is a whole experiment, smaller.
+
+    An arm's budget of tokens is known when its model has been trained, so that one stands before it in ARMS.
+    """
+    pairs = [(seed, arm) for seed in sorted({seed for arm in arms for seed in arm.seeds}) for arm in arms]
+    return [Training(arm, seed) for seed, arm in pairs if seed in arm.seeds]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from experiments.arms import BLIND, MULTI, SINGLE, SINGLE_LONG, STALE, SYNCHRONOUS, Arm, Training
 from experiments.findings import Finding, Progress, find, findings, progress, sampled_tokens
 from experiments.reproduce import START, evaluation_name
-from services.evaluation.compare import Evaluated, pool
+from services.evaluation.compare import pool
 from services.evaluation.outcome import read_evaluated, read_results
 from services.evaluation.plot import read_metrics
 from services.evaluation.report import number, percent, table
@@ -39,13 +39,9 @@ class Findings:
         """Of the model that all arms start from."""
         return read_results(self.folder / "evaluations" / START).curves[HELDOUT]
 
-    def evaluated(self, name: str, feedback: str = "truth") -> list[Evaluated]:
-        """An evaluation for each training of an arm."""
-        return [read_evaluated(folder) for folder in self._folders(name, feedback)]
-
     def pooled(self, name: str, feedback: str = "truth") -> Curve:
         """All trainings of an arm as one: intervals over problems."""
-        whole = pool(self.evaluated(name, feedback))
+        whole = pool([read_evaluated(folder) for folder in self._folders(name, feedback)])
         return summarise(whole.header, whole.dialogues).curves[HELDOUT]
 
     def curves(self, name: str, feedback: str = "truth") -> list[Curve]:
@@ -60,18 +56,21 @@ class Findings:
         """Sampled in a training, mean over its seeds."""
         return fmean(sampled_tokens(rows) for rows in self._metrics(name))
 
-    def compared(self, first: str, second: str, *, feedback: str = "truth") -> list[Finding]:
-        """Second minus first."""
-        return findings(self.evaluated(first, feedback), self.evaluated(second, feedback))
+    def compared(self, first: str, second: str) -> list[Finding]:
+        """Second minus first, of the seeds that both were trained with."""
+        seeds = [seed for seed in self.arms[first].seeds if seed in self.arms[second].seeds]
+        sides = [[read_evaluated(self._folder(name, seed)) for seed in seeds] for name in (first, second)]
+        return findings(*sides)
 
     def _metrics(self, name: str) -> list[list[dict[str, Any]]]:
         runs = [self.folder / Training(self.arms[name], seed).name for seed in self.arms[name].seeds]
         return [list(read_metrics(run / "metrics.jsonl")) for run in runs]
 
     def _folders(self, name: str, feedback: str) -> list[Path]:
-        arm = self.arms[name]
-        names = [evaluation_name(Training(arm, seed), feedback) for seed in arm.seeds]
-        return [self.folder / "evaluations" / one for one in names]
+        return [self._folder(name, seed, feedback) for seed in self.arms[name].seeds]
+
+    def _folder(self, name: str, seed: int, feedback: str = "truth") -> Path:
+        return self.folder / "evaluations" / evaluation_name(Training(self.arms[name], seed), feedback)
 
 
 def write(folder: Path, arms: Sequence[Arm]) -> Path:
@@ -157,10 +156,9 @@ def _resampled(title: str, curves: Sequence[Curve]) -> list[str]:
 
 def _blind(found: Findings) -> str:
     rows = []
-    for name in (MULTI, SINGLE, BLIND):
-        for feedback in ("truth", "none"):
-            if name in found.arms:
-                rows.append([found.arms[name].title, feedback, *_accuracies(found.pooled(name, feedback).points)])
+    for name in (MULTI, BLIND):
+        for feedback in found.arms[name].feedback:
+            rows.append([found.arms[name].title, feedback, *_accuracies(found.pooled(name, feedback).points)])
     ns = [point.max_attempts for point in found.start().points]
     return table(["trained", "feedback when evaluated", *map(str, ns)], rows)
 
