@@ -24,7 +24,7 @@ START = "start"
 IDENTITY = "experiment.json"
 ATTEMPTS = (1, 2, 3, 4, 5)
 DIALOGUES = 3  # of each problem and number of attempts
-SAMPLES = 10  # independent ones of each problem, to compare with at the same tokens
+SAMPLES = 6  # independent ones of each problem, to compare with at the same tokens
 REPLICAS = ("--rollout.replicas=2", "--rollout.threads=1")  # of an evaluation: one for each core
 
 
@@ -59,9 +59,9 @@ class Experiment:
         """Do what is missing. Raises ConfigError; CalledProcessError when a training or an evaluation fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self._start = self._make_start(self._config())
         jobs = [(training, feedback) for training in trainings(self.arms) for feedback in training.arm.feedback]
         self._evaluate(START, str(CONFIG), "truth", self._shared())
+        self._start = self._make_start(self._config())  # its evaluation has made it already
         for number, (training, feedback) in enumerate(jobs, start=1):
             print(f"== {number}/{len(jobs)}: {training.name}, evaluated with feedback {feedback}", flush=True)
             self._train(training)

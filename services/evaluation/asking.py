@@ -9,6 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from services.evaluation.run import EvaluationError
 DIALOGUE_TIMEOUT_S = 3600.0  # 64 attempts of a large model on a slow machine
 ANSWER_TIMEOUT_S = 30.0  # of a question about weights
 CONNECT_TIMEOUT_S = 10.0
+POOL = 16  # connections that share a client
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 5.0
 ABOUT_THE_PROBLEM = ("body.problem", "body.gold")  # a 422 for these refuses one problem, not the evaluation
 
@@ -113,10 +115,9 @@ class Asker:
                 self._tally.count(before)
         waiting = iter([ask for ask in asks if ask.key not in self._journal.done])
         self._started = self._answered = time.monotonic()
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        timeout = httpx.Timeout(DIALOGUE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as client:
-            asking = [asyncio.create_task(self._work(client, waiting, version)) for _ in range(concurrency)]
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(_client()) for _ in range(-(-concurrency // POOL))]
+            asking = [asyncio.create_task(self._work(clients[i // POOL], waiting, version)) for i in range(concurrency)]
             try:
                 await asyncio.gather(*asking)
             finally:
@@ -193,6 +194,13 @@ class Asker:
                 raise EvaluationError(f"no replica has answered for {self._patience_s:g} s; the last, {url}: {trouble}")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+
+def _client() -> httpx.AsyncClient:
+    """For POOL dialogues at a time: httpx looks at every connection of a pool for each request."""
+    limits = httpx.Limits(max_connections=POOL, max_keepalive_connections=POOL)
+    timeout = httpx.Timeout(DIALOGUE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
 
 def _refusal(answer: httpx.Response) -> str:

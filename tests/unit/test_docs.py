@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
 FUNCTIONS = sorted(set(re.findall(r"`(services/[\w/]+\.py):([\w.]+)`", ALGORITHM)))
-FOLDERS = "services|tests|docs|deploy|configs|benchmarks|requirements"
+FOLDERS = "services|tests|docs|deploy|configs|benchmarks|experiments|requirements"
 
 
 @cache
