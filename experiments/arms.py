@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.evaluation.plan import Feedback
+
 CONFIG = Path("configs/reproduce.toml")
 SEEDS = (1, 2, 3)
-FEWER = (1, 2)  # of the arms beside the two that the claims are about
+FEWER = (1,)  # of what stands beside the two arms that the claims are about
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class Arm:
     title: str
     flags: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
-    feedback: tuple[str, ...] = ("truth",)
-    """What it is evaluated with; the first is the main one."""
+    also_blind: bool = False
+    """Those of FEWER are evaluated without feedback too."""
     tokens_of: str = ""
     """An arm whose sampled tokens this one may use: so many more updates. Empty: as many updates as CONFIG says."""
 
@@ -30,10 +32,10 @@ class Arm:
 MULTI, SINGLE, SINGLE_LONG = "multi", "single", "single-long"
 BLIND, SYNCHRONOUS, STALE = "blind", "synchronous", "stale-4"
 ARMS = (
-    Arm(MULTI, "multi-attempt, N in 1..5", feedback=("truth", "none")),
+    Arm(MULTI, "multi-attempt, N in 1..5", also_blind=True),
     Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",)),
     Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), FEWER, tokens_of=MULTI),
-    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, ("truth", "none")),
+    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, also_blind=True),
     Arm(
         SYNCHRONOUS,
         "staleness 0",
@@ -58,11 +60,18 @@ class Training:
         """Of the run's folder."""
         return f"{self.arm.name}-{self.seed}"
 
+    @property
+    def feedback(self) -> tuple[Feedback, ...]:
+        """What its model is evaluated with."""
+        return ("truth", "none") if self.arm.also_blind and self.seed in FEWER else ("truth",)
+
 
 def trainings(arms: Sequence[Arm] = ARMS) -> list[Training]:
-    """All of them, one seed after the other: what comes first is a whole experiment, smaller.
+    """All of them: first those that the claims are about, and one seed after the other, so that what is there at any
+    time is a whole experiment, only smaller.
 
-    An arm's budget of tokens is known when its model has been trained, so that one stands before it in ARMS.
+    An arm's budget of tokens is known when its model has been trained; that is one of the first.
     """
-    pairs = [(seed, arm) for seed in sorted({seed for arm in arms for seed in arm.seeds}) for arm in arms]
-    return [Training(arm, seed) for seed, arm in pairs if seed in arm.seeds]
+    first = [arm for arm in arms if arm.name in (MULTI, SINGLE)]
+    rest = [arm for arm in arms if arm not in first]
+    return [Training(arm, seed) for group in (first, rest) for seed in SEEDS for arm in group if seed in arm.seeds]

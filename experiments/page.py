@@ -8,10 +8,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
-from experiments.arms import BLIND, MULTI, SINGLE, SINGLE_LONG, STALE, SYNCHRONOUS, Arm, Training
+from experiments.arms import BLIND, FEWER, MULTI, SINGLE, SINGLE_LONG, STALE, SYNCHRONOUS, Arm, Training
 from experiments.findings import Finding, Progress, find, findings, progress, sampled_tokens
 from experiments.reproduce import START, evaluation_name
-from services.evaluation.compare import pool
+from services.evaluation.compare import Evaluated, pool
 from services.evaluation.outcome import read_evaluated, read_results
 from services.evaluation.plot import read_metrics
 from services.evaluation.report import number, percent, table
@@ -39,18 +39,22 @@ class Findings:
         """Of the model that all arms start from."""
         return read_results(self.folder / "evaluations" / START).curves[HELDOUT]
 
-    def pooled(self, name: str, feedback: str = "truth") -> Curve:
+    def evaluated(self, name: str, feedback: str = "truth", seeds: Sequence[int] = ()) -> list[Evaluated]:
+        """An evaluation of each training of an arm, or of those with `seeds`."""
+        chosen = seeds or self.arms[name].seeds
+        return [read_evaluated(self._folder(name, seed, feedback)) for seed in chosen]
+
+    def pooled(self, name: str) -> Curve:
         """All trainings of an arm as one: intervals over problems."""
-        whole = pool([read_evaluated(folder) for folder in self._folders(name, feedback)])
-        return summarise(whole.header, whole.dialogues).curves[HELDOUT]
+        return summarised(self.evaluated(name))
 
-    def curves(self, name: str, feedback: str = "truth") -> list[Curve]:
+    def curves(self, name: str) -> list[Curve]:
         """A curve for each training, with its independent samples."""
-        return [read_results(folder).curves[HELDOUT] for folder in self._folders(name, feedback)]
+        return [read_results(self._folder(name, seed)).curves[HELDOUT] for seed in self.arms[name].seeds]
 
-    def progress(self, name: str) -> list[Progress]:
-        """The course of each training."""
-        return [progress(rows) for rows in self._metrics(name)]
+    def progress(self, name: str, seeds: Sequence[int] = ()) -> list[Progress]:
+        """The course of each training, or of those with `seeds`."""
+        return [progress(rows) for rows in self._metrics(name, seeds)]
 
     def tokens(self, name: str) -> float:
         """Sampled in a training, mean over its seeds."""
@@ -59,18 +63,20 @@ class Findings:
     def compared(self, first: str, second: str) -> list[Finding]:
         """Second minus first, of the seeds that both were trained with."""
         seeds = [seed for seed in self.arms[first].seeds if seed in self.arms[second].seeds]
-        sides = [[read_evaluated(self._folder(name, seed)) for seed in seeds] for name in (first, second)]
-        return findings(*sides)
+        return findings(self.evaluated(first, seeds=seeds), self.evaluated(second, seeds=seeds))
 
-    def _metrics(self, name: str) -> list[list[dict[str, Any]]]:
-        runs = [self.folder / Training(self.arms[name], seed).name for seed in self.arms[name].seeds]
+    def _metrics(self, name: str, seeds: Sequence[int] = ()) -> list[list[dict[str, Any]]]:
+        runs = [self.folder / Training(self.arms[name], seed).name for seed in seeds or self.arms[name].seeds]
         return [list(read_metrics(run / "metrics.jsonl")) for run in runs]
-
-    def _folders(self, name: str, feedback: str) -> list[Path]:
-        return [self._folder(name, seed, feedback) for seed in self.arms[name].seeds]
 
     def _folder(self, name: str, seed: int, feedback: str = "truth") -> Path:
         return self.folder / "evaluations" / evaluation_name(Training(self.arms[name], seed), feedback)
+
+
+def summarised(trainings: Sequence[Evaluated]) -> Curve:
+    """Several trainings as one: their dialogues are further seeds of each problem."""
+    whole = pool(trainings)
+    return summarise(whole.header, whole.dialogues).curves[HELDOUT]
 
 
 def write(folder: Path, arms: Sequence[Arm]) -> Path:
@@ -157,20 +163,21 @@ def _resampled(title: str, curves: Sequence[Curve]) -> list[str]:
 def _blind(found: Findings) -> str:
     rows = []
     for name in (MULTI, BLIND):
-        for feedback in found.arms[name].feedback:
-            rows.append([found.arms[name].title, feedback, *_accuracies(found.pooled(name, feedback).points)])
+        for feedback in ("truth", "none"):
+            points = summarised(found.evaluated(name, feedback, FEWER)).points
+            rows.append([found.arms[name].title, feedback, *_accuracies(points)])
     ns = [point.max_attempts for point in found.start().points]
     return table(["trained", "feedback when evaluated", *map(str, ns)], rows)
 
 
 def _staleness(found: Findings) -> str:
-    runs = {name: found.progress(name) for name in (SYNCHRONOUS, MULTI, STALE)}
+    runs = {name: found.progress(name, FEWER) for name in (SYNCHRONOUS, MULTI, STALE)}
     level = min(run.smoothed[-1] for some in runs.values() for run in some)  # every training gets so far
     rows = []
     for name, some in runs.items():
         title = AS_LONG_AS if name == MULTI else found.arms[name].title
         reached = [at for run in some if (at := run.seconds_to(level)) is not None]
-        points = found.pooled(name).points
+        points = summarised(found.evaluated(name, seeds=FEWER)).points
         rows.append(
             [
                 title, f"{fmean(run.staleness for run in some):.2f}", f"{fmean(run.seconds[-1] for run in some):.0f}",
@@ -209,7 +216,7 @@ def _draw_reward(found: Findings, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     colours = ((MULTI, "tab:blue"), (SINGLE, "tab:orange"), (SYNCHRONOUS, "tab:green"), (STALE, "tab:purple"))
     for name, colour in colours:
-        for i, run in enumerate(found.progress(name) if name in found.arms else ()):
+        for i, run in enumerate(found.progress(name, FEWER) if name in found.arms else ()):
             title = f"{found.arms[name].title}, {AS_LONG_AS}" if name == MULTI else found.arms[name].title
             label = title if i == 0 else None
             panels[0].plot(range(1, 1 + len(run.seconds)), run.smoothed, color=colour, label=label, alpha=0.8)

@@ -59,7 +59,7 @@ class Experiment:
         """Do what is missing. Raises ConfigError; CalledProcessError when a training or an evaluation fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        jobs = [(training, feedback) for training in trainings(self.arms) for feedback in training.arm.feedback]
+        jobs = [(training, feedback) for training in trainings(self.arms) for feedback in training.feedback]
         self._evaluate(START, str(CONFIG), "truth", self._shared())
         self._start = self._make_start(self._config())  # its evaluation has made it already
         for number, (training, feedback) in enumerate(jobs, start=1):
