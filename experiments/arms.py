@@ -34,8 +34,6 @@ BLIND, SYNCHRONOUS, STALE = "blind", "synchronous", "stale-4"
 ARMS = (
     Arm(MULTI, "multi-attempt, N in 1..5", also_blind=True),
     Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",)),
-    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), FEWER, tokens_of=MULTI),
-    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, also_blind=True),
     Arm(
         SYNCHRONOUS,
         "staleness 0",
@@ -44,6 +42,8 @@ ARMS = (
         FEWER,
     ),
     Arm(STALE, "staleness 4", ("--learner.max_staleness=4",), FEWER),
+    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, also_blind=True),
+    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), FEWER, tokens_of=MULTI),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 

@@ -14,7 +14,7 @@ from experiments.reproduce import START, evaluation_name
 from services.evaluation.compare import Evaluated, pool
 from services.evaluation.outcome import read_evaluated, read_results
 from services.evaluation.plot import read_metrics
-from services.evaluation.report import number, percent, table
+from services.evaluation.report import number, p_value, percent, table
 from services.evaluation.statistics import Estimate
 from services.evaluation.summary import Curve, Point, summarise
 
@@ -127,7 +127,7 @@ def _claims(found: Findings, against: str) -> str:
     compared = found.compared(against, MULTI)
     claims = [(CLAIM_A, find(compared, "gain", 2)), (CLAIM_B, find(compared, "accuracy", 1))]
     rows = [
-        [claim, _points(one.first), _points(one.second), _points(one.difference, sign="+"), f"{one.p:.3f}",
+        [claim, _points(one.first), _points(one.second), _points(one.difference, sign="+"), p_value(one.p),
          ", ".join(f"{100 * value:+.1f}" for value in one.by_training), f"**{one.verdict}**"]
         for claim, one in claims
     ]  # fmt: skip

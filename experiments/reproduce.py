@@ -118,7 +118,7 @@ class Experiment:
         config = self._config().model_dump(mode="json")
         arms = {arm.name: [arm.flags, arm.tokens_of] for arm in self.arms}
         evaluated = [ATTEMPTS, DIALOGUES, SAMPLES, self._problems]
-        told = json.dumps({"config": config, "arms": arms, "evaluated": evaluated}, indent=1)
+        told = json.dumps({"config": config, "arms": arms, "evaluated": evaluated}, indent=1, sort_keys=True)
         path = self.folder / IDENTITY
         if path.exists() and path.read_text() != told:
             raise ConfigError(

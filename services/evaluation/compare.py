@@ -15,7 +15,7 @@ import numpy as np
 from services.contracts.config import ConfigError
 from services.evaluation.journal import Dialogue
 from services.evaluation.plan import Header
-from services.evaluation.report import number, percent, table
+from services.evaluation.report import number, p_value, percent, table
 from services.evaluation.statistics import (
     Estimate,
     Floats,
@@ -197,8 +197,8 @@ def _different(first: Header, second: Header) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     difference = number(row.difference, scale=100.0, digits=1, sign="+")
-    p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
     return [
-        row.benchmark, str(row.max_attempts), percent(row.first), percent(row.second), difference, p,
+        row.benchmark, str(row.max_attempts), percent(row.first), percent(row.second), difference,
+        p_value(row.p),
         str(row.num_problems),
     ]  # fmt: skip

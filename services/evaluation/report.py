@@ -82,6 +82,11 @@ def number(estimate: Estimate, *, scale: float = 1.0, digits: int = 0, sign: str
     return f"{value} ({scale * estimate.low:{form}} to {scale * estimate.high:{form}})"
 
 
+def p_value(p: float) -> str:
+    """Three digits, or that it is below what they show."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join([*_head(head), *(_row(row) for row in rows)])

@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from experiments.arms import ARMS, BY_NAME, Arm
@@ -11,10 +12,9 @@ from experiments.page import PAGE, write
 from experiments.reproduce import ATTEMPTS, DIALOGUES, SAMPLES, Experiment
 from services.contracts.config import ConfigError
 from services.contracts.problems import Problem
-from services.evaluation.asking import Tally
 from services.evaluation.journal import Journal
-from services.evaluation.outcome import write_results
 from services.evaluation.plan import Header, Settings, asks
+from services.evaluation.summary import summarise
 from tests.evaluation_data import make_dialogue
 
 PROBLEMS = {f"p{i}": Problem(f"what is {i}?", (str(i),)) for i in range(6)}
@@ -70,7 +70,8 @@ class Commands:
                         ask.problem_id, verdicts, n=ask.max_attempts, seed=ask.seed_index, benchmark="heldout"
                     )
                 )
-        write_results(output, wanted, Tally(total=len(wanted)))
+            results = summarise(header, list(journal.done.values()))
+        (output / "results.json").write_bytes(msgspec.json.encode(results))
 
 
 @pytest.fixture
