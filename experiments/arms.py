@@ -25,12 +25,9 @@ class Arm:
     seeds: tuple[int, ...] = SEEDS
     also_blind: bool = False
     """Those of FEWER are evaluated without feedback too."""
-    tokens_of: str = ""
-    """An arm whose sampled tokens this one may use: so many more updates. Empty: as many updates as CONFIG says."""
 
 
-MULTI, SINGLE, SINGLE_LONG = "multi", "single", "single-long"
-BLIND, SYNCHRONOUS, STALE = "blind", "synchronous", "stale-4"
+MULTI, SINGLE, SYNCHRONOUS, STALE, BLIND = "multi", "single", "synchronous", "stale-4", "blind"
 ARMS = (
     Arm(MULTI, "multi-attempt, N in 1..5", also_blind=True),
     Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",)),
@@ -43,7 +40,6 @@ ARMS = (
     ),
     Arm(STALE, "staleness 4", ("--learner.max_staleness=4",), FEWER),
     Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, also_blind=True),
-    Arm(SINGLE_LONG, "single attempt, as many tokens", ("--dialogue.max_attempts=1",), FEWER, tokens_of=MULTI),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -69,8 +65,6 @@ class Training:
 def trainings(arms: Sequence[Arm] = ARMS) -> list[Training]:
     """All of them: first those that the claims are about, and one seed after the other, so that what is there at any
     time is a whole experiment, only smaller.
-
-    An arm's budget of tokens is known when its model has been trained; that is one of the first.
     """
     first = [arm for arm in arms if arm.name in (MULTI, SINGLE)]
     rest = [arm for arm in arms if arm not in first]

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
-from experiments.arms import BLIND, FEWER, MULTI, SINGLE, SINGLE_LONG, STALE, SYNCHRONOUS, Arm, Training
+from experiments.arms import BLIND, FEWER, MULTI, SINGLE, STALE, SYNCHRONOUS, Arm, Training
 from experiments.findings import Finding, Progress, find, findings, progress, sampled_tokens
 from experiments.reproduce import START, evaluation_name
 from services.evaluation.compare import Evaluated, pool
@@ -84,9 +84,7 @@ def write(folder: Path, arms: Sequence[Arm]) -> Path:
     found = Findings(folder, arms)
     parts = ["# Results", "## Accuracy against allowed attempts", _accuracy(found), _budgets(found)]
     if {MULTI, SINGLE} <= set(found.arms):
-        parts += ["## The paper's claims", _claims(found, SINGLE)]
-    if {MULTI, SINGLE_LONG} <= set(found.arms):
-        parts += [f"Against {found.arms[SINGLE_LONG].title}:", _claims(found, SINGLE_LONG)]
+        parts += ["## The paper's claims", _claims(found)]
     parts += ["## Feedback against resampling", _resampling(found)]
     if {MULTI, BLIND} <= set(found.arms):
         parts += ["## Honest feedback against none", _blind(found)]
@@ -123,21 +121,21 @@ def _budgets(found: Findings) -> str:
     return table(head, rows)
 
 
-def _claims(found: Findings, against: str) -> str:
-    compared = found.compared(against, MULTI)
+def _claims(found: Findings) -> str:
+    compared = found.compared(SINGLE, MULTI)
     claims = [(CLAIM_A, find(compared, "gain", 2)), (CLAIM_B, find(compared, "accuracy", 1))]
     rows = [
         [claim, _points(one.first), _points(one.second), _points(one.difference, sign="+"), p_value(one.p),
          ", ".join(f"{100 * value:+.1f}" for value in one.by_training), f"**{one.verdict}**"]
         for claim, one in claims
     ]  # fmt: skip
-    head = ["claim", found.arms[against].title, found.arms[MULTI].title, "difference", "p", "by training", "verdict"]
+    head = ["claim", found.arms[SINGLE].title, found.arms[MULTI].title, "difference", "p", "by training", "verdict"]
     gains = [one for one in compared if one.figure == "gain"]
     further = [
         [str(one.max_attempts), _points(one.first), _points(one.second), _points(one.difference, sign="+")]
         for one in gains
     ]
-    names = ["attempts", found.arms[against].title, found.arms[MULTI].title, "difference"]
+    names = ["attempts", found.arms[SINGLE].title, found.arms[MULTI].title, "difference"]
     return f"{table(head, rows)}\n\nGain over one attempt:\n\n{table(names, further)}"
 
 
@@ -193,7 +191,7 @@ def _staleness(found: Findings) -> str:
 def _draw_accuracy(found: Findings, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     _curve(axes, found.start(), "the start of all", "tab:gray")
-    for name, colour in ((MULTI, "tab:blue"), (SINGLE, "tab:orange"), (SINGLE_LONG, "tab:red")):
+    for name, colour in ((MULTI, "tab:blue"), (SINGLE, "tab:orange")):
         if name in found.arms:
             _curve(axes, found.pooled(name), found.arms[name].title, colour)
     axes.set_xlabel("allowed attempts")

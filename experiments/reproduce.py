@@ -14,10 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.arms import ARMS, BY_NAME, CONFIG, SINGLE, Arm, Training, trainings
-from experiments.findings import sampled_tokens
+from experiments.arms import ARMS, BY_NAME, CONFIG, Arm, Training, trainings
 from services.contracts.config import ConfigError, RunConfig, load
-from services.evaluation.plot import read_metrics
 from services.learner.prepare import prepare
 
 START = "start"
@@ -70,19 +68,7 @@ class Experiment:
 
     def checkpoint(self, training: Training) -> Path:
         """Where its last update is: nothing is chosen by how well it does."""
-        return self.folder / training.name / "checkpoints" / f"v{self.updates(training):08d}"
-
-    def updates(self, training: Training) -> int:
-        """How many it makes."""
-        steps = self._config().run.steps
-        if not training.arm.tokens_of:
-            return steps
-        model = self._tokens(Training(BY_NAME[training.arm.tokens_of], training.seed))
-        own = self._tokens(Training(BY_NAME[SINGLE], training.seed))
-        return round(steps * model / own)
-
-    def _tokens(self, training: Training) -> float:
-        return sampled_tokens(read_metrics(self.folder / training.name / "metrics.jsonl"))
+        return self.folder / training.name / "checkpoints" / f"v{self._config().run.steps:08d}"
 
     def _train(self, training: Training) -> None:
         folder, target = self.folder / training.name, self.checkpoint(training)
@@ -90,8 +76,8 @@ class Experiment:
             return
         words = [
             "train", str(CONFIG), *self._shared(), *training.arm.flags, f"--run.name={training.name}",
-            f"--run.seed={training.seed}", f"--run.steps={self.updates(training)}", "--model.source=pretrained",
-            f"--model.path={self._start}", "--model.warmup_steps=0",
+            f"--run.seed={training.seed}", "--model.source=pretrained", f"--model.path={self._start}",
+            "--model.warmup_steps=0",
         ]  # fmt: skip
         resume = ["--resume"] if any((folder / "checkpoints").glob("v*")) else []
         self._command(*words, *resume)
@@ -116,7 +102,7 @@ class Experiment:
     def _claim(self) -> None:
         """Say once what this folder holds. Raises ConfigError where it is another experiment."""
         config = self._config().model_dump(mode="json")
-        arms = {arm.name: [arm.flags, arm.tokens_of] for arm in self.arms}
+        arms = {arm.name: arm.flags for arm in self.arms}
         evaluated = [ATTEMPTS, DIALOGUES, SAMPLES, self._problems]
         told = json.dumps({"config": config, "arms": arms, "evaluated": evaluated}, indent=1, sort_keys=True)
         path = self.folder / IDENTITY
@@ -143,9 +129,6 @@ def main() -> int:
     if unknown := [name for name in arguments.arms.split(",") if name not in BY_NAME]:
         parser.error(f"--arms: {unknown[0]} is none of {', '.join(BY_NAME)}")
     arms = [arm for arm in ARMS if arm.name in arguments.arms.split(",")]
-    for arm in arms:
-        if arm.tokens_of and not {BY_NAME[arm.tokens_of], BY_NAME[SINGLE]} <= set(arms):
-            parser.error(f"--arms: {arm.name} takes its length from {arm.tokens_of} and {SINGLE}: name them too")
     started = time.monotonic()
     try:
         experiment = Experiment(arguments.output, arms, flags, problems=arguments.problems)

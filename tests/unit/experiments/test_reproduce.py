@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from experiments.arms import ARMS, BY_NAME, Arm
+from experiments.arms import ARMS, BY_NAME, CONFIG, Arm
 from experiments.page import PAGE, write
 from experiments.reproduce import ATTEMPTS, DIALOGUES, SAMPLES, Experiment
-from services.contracts.config import ConfigError
+from services.contracts.config import ConfigError, load
 from services.contracts.problems import Problem
 from services.evaluation.journal import Journal
 from services.evaluation.plan import Header, Settings, asks
@@ -18,7 +18,7 @@ from services.evaluation.summary import summarise
 from tests.evaluation_data import make_dialogue
 
 PROBLEMS = {f"p{i}": Problem(f"what is {i}?", (str(i),)) for i in range(6)}
-SOME = tuple(BY_NAME[name] for name in ("multi", "single", "single-long"))
+SOME = tuple(BY_NAME[name] for name in ("multi", "single"))
 
 
 class Commands:
@@ -39,12 +39,11 @@ class Commands:
 
     def train(self, words):
         flags = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        run, steps = self.folder / flags["run.name"], int(flags["run.steps"])
+        run, steps = self.folder / flags["run.name"], load(CONFIG, [], env={}).run.steps
         hf = run / "checkpoints" / f"v{steps:08d}" / "hf"
         hf.mkdir(parents=True)
         (hf / "config.json").write_text("{}")
-        tokens = 10.0 if flags.get("dialogue.max_attempts") == "1" else 15.0
-        row = {"dialogues": 4.0, "response_tokens": tokens, "step_s": 2.0, "staleness_mean": 1.0, "reward": 0.5}
+        row = {"dialogues": 4.0, "response_tokens": 10.0, "step_s": 2.0, "staleness_mean": 1.0, "reward": 0.5}
         lines = [json.dumps({"step": step, **row}) for step in range(1, steps + 1)]
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -93,9 +92,9 @@ def trained(commands):
 
 def test_every_training_of_every_arm_is_run_and_evaluated_once(experiment, commands):
     experiment().run()
-    assert len(trained(commands)) == 7
+    assert len(trained(commands)) == 6
     evaluated = [words for words in commands.words if words[0] == "eval"]
-    assert len(evaluated) == 1 + 7 + 1  # the start; every training; the first one without feedback too
+    assert len(evaluated) == 1 + 6 + 1  # the start; every training; the first one without feedback too
     before = len(commands.words)
     experiment().run()
     assert len(commands.words) == before
@@ -109,7 +108,7 @@ def test_what_failed_is_done_when_it_is_run_again(experiment, commands):
     commands.fails_at = -1
     experiment().run()
     assert commands.words.count(failed) == 2
-    assert len(trained(commands)) == len(set(trained(commands))) == 7
+    assert len(trained(commands)) == len(set(trained(commands))) == 6
 
 
 def test_an_interrupted_training_is_resumed(experiment, commands, tmp_path):
@@ -117,14 +116,6 @@ def test_an_interrupted_training_is_resumed(experiment, commands, tmp_path):
     experiment().run()
     resumed = [words for words in commands.words if "--resume" in words]
     assert [word for words in resumed for word in words if word.startswith("--run.name")] == ["--run.name=multi-1"]
-
-
-def test_an_arm_with_another_ones_tokens_trains_longer(experiment, commands):
-    experiment().run()
-    steps = {
-        word for words in commands.words if "--run.name=single-long-1" in words for word in words if "run.steps" in word
-    }
-    assert steps == {"--run.steps=60"}  # 40 updates, 15 tokens against 10
 
 
 def test_all_start_from_one_model_and_share_their_problems(experiment, commands, tmp_path):
