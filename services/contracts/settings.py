@@ -121,6 +121,8 @@ class DialogueSection(_Section):
     """`chat`: told after an attempt without a closed, non-empty box."""
     feedback_timeout: str = "Your answer was not accepted. You have {attempts} left. Try an alternative."
     """`chat`: told when the answer could not be compared in time."""
+    feedback_none: str = "You have {attempts} left. Try again."
+    """`chat`: told after any attempt, where `feedback` is none."""
     feedback_role: Literal["user", "system"] = "user"
     """`chat`: who gives the feedback."""
     examples: tuple[tuple[str, str], ...] = ()
@@ -150,7 +152,7 @@ class DialogueSection(_Section):
     def _ordered(self) -> "DialogueSection":
         if self.min_attempts > self.max_attempts:
             raise ValueError(f"min_attempts {self.min_attempts} is more than max_attempts {self.max_attempts}")
-        for name in ("system_prompt", "feedback_wrong", "feedback_no_answer", "feedback_timeout"):
+        for name in ("system_prompt", "feedback_wrong", "feedback_no_answer", "feedback_timeout", "feedback_none"):
             try:
                 getattr(self, name).format(n=1, attempts="1 attempt")
             except (LookupError, AttributeError, TypeError, ValueError) as error:

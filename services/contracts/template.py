@@ -23,7 +23,6 @@ PAPER_SYSTEM = (
 PAPER_FEEDBACK = "Your answer is incorrect. You have {n} attempts left. Try an alternative."
 # Where the verdict is kept from the model: the same invitation, without it.
 PAPER_NEUTRAL = "You have {n} attempts left. Try an alternative."
-NEUTRAL = "You have {attempts} left. Try again."
 # `template = "paper"` writes ChatML literally, whatever the tokenizer's own chat template is.
 PAPER_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 PAPER_OPENED = "<|im_start|>assistant\n"
@@ -106,7 +105,7 @@ def neutral_turn(dialogue: DialogueSection, *, attempts_left: int) -> Turn:
     """What the built-in tasks say after any attempt, right or wrong, where the verdict is kept from the model."""
     if dialogue.template == "paper":
         return _say("system", PAPER_NEUTRAL, attempts_left)
-    return _say(dialogue.feedback_role, NEUTRAL, attempts_left)
+    return _say(dialogue.feedback_role, dialogue.feedback_none, attempts_left)
 
 
 def prompt_ids(tokenizer: Tokenizer, dialogue: DialogueSection, question: str, *, max_attempts: int) -> list[int]:

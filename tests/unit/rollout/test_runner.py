@@ -99,6 +99,15 @@ async def test_where_verdicts_are_kept_only_the_last_attempt_earns(make_runner, 
     assert trajectory.reward == -0.5
 
 
+async def test_the_words_after_an_attempt_without_a_verdict_can_be_set(make_runner, ids, tokenizer):
+    engine = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{2}")])
+    runner = make_runner(
+        engine, FakeGrader(CORRECT, CORRECT), "--dialogue.feedback=none", "--dialogue.feedback_none={n} more."
+    )
+    trajectory = await runner.run(make_task(attempts=2))
+    assert "1 more." in tokenizer.decode(trajectory.token_ids[~trajectory.action_mask])
+
+
 async def test_a_caller_may_ask_for_other_feedback_than_the_run_has(make_runner, ids):
     engine, grader = FakeEngine([ids("\\boxed{2}"), ids("\\boxed{3}")]), FakeGrader(CORRECT, WRONG)
     runner = make_runner(engine, grader, "--dialogue.feedback=none")
