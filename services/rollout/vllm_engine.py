@@ -114,7 +114,8 @@ class VllmEngine:
         imported = time.monotonic()
         self.async_llm, self.tokenizer = await asyncio.to_thread(self._load)
         loaded = time.monotonic()
-        await self.rpc("leave_out_ranks", {}, RPC_TIMEOUT_S)
+        for method in ("leave_out_ranks", "draw_in_groups"):
+            await self.rpc(method, {}, RPC_TIMEOUT_S)
         await self.async_llm.update_weight_version(str(self.version))
         nothing: dict[str, Any] = {"sampling": Sampling(), "stop_ids": frozenset(), "is_last": lambda _: False}
         await self.sample([0, 1], max_tokens=4, seed=0, **nothing)

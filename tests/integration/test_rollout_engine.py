@@ -177,6 +177,44 @@ def test_log_probabilities_are_the_same_without_the_ranks_that_nobody_reads(monk
     assert found.selected_token_ranks.shape == (3,)
 
 
+def test_vllms_sampler_with_our_draw_minds_temperature_and_top_k_and_tells_the_log_probabilities_drawn_from() -> None:
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
+
+    from services.rollout.weights import WorkerExtension
+
+    worker: Any = WorkerExtension()
+    sampler = Sampler(logprobs_mode="processed_logprobs")
+    worker.device, worker.model_runner = torch.device("cpu"), SimpleNamespace(sampler=sampler)
+    worker.draw_in_groups()
+    logits, nothing = torch.randn(3, 300), torch.zeros(3)
+    metadata = SamplingMetadata(
+        temperature=torch.tensor([0.0, 0.5, 0.5]),
+        all_greedy=False,
+        all_random=False,
+        top_p=None,
+        top_k=torch.tensor([300, 1, 300]),
+        generators={row: torch.Generator().manual_seed(row) for row in range(3)},
+        max_num_logprobs=0,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=nothing,
+        presence_penalties=nothing,
+        repetition_penalties=nothing,
+        output_token_ids=[[], [], []],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+    found = sampler.sample(logits.clone(), metadata)
+    tokens, logprobs = found[0].tolist(), found[1]
+    assert logprobs is not None
+    assert tokens[:2] == logits.argmax(-1).tolist()[:2]
+    assert logprobs[1, tokens[1]] == 0.0
+    torch.testing.assert_close(logprobs[2], (logits[2] / 0.5).log_softmax(-1), rtol=0, atol=1e-5)
+
+
 def test_a_library_that_vllm_would_do_without_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_engine._check_libraries()  # it is here
     monkeypatch.setattr(vllm_engine, "NUMA", "libnone.so.1")
