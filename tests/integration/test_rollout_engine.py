@@ -4,9 +4,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.logprobs import FlatLogprobs
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from services.contracts.config import ConfigError, load
 from services.contracts.wire import Sampling
@@ -39,10 +44,11 @@ class ScriptedLlm:
     async def add_request(self, request_id: str, prompt: Any, parameters: Any) -> "ScriptedLlm":
         self.requests.append((prompt, parameters, request_id))
         self.request_id = f"{request_id}-internal"
-        self.output_processor.request_states[self.request_id] = SimpleNamespace(detokenizer=IncrementalDetokenizer())
-        self._state = self.output_processor.request_states[self.request_id]
+        processor = LogprobsProcessor(None, FlatLogprobs(), None, 0.0, 0, None)
+        self._state = SimpleNamespace(detokenizer=IncrementalDetokenizer(), logprobs_processor=processor)
+        self.output_processor.request_states[self.request_id] = self._state
         for step in self._steps[: self._early]:
-            self._state.detokenizer.update(step, False)
+            self._process(step)
         self.sampling = asyncio.create_task(self._sample(self._steps[self._early :]))
         return self
 
@@ -51,21 +57,28 @@ class ScriptedLlm:
             await asyncio.sleep(0)
             if self._over.is_set():
                 return
-            if self._state.detokenizer.update(list(step), False):
+            if self._process(step):
                 self._reason = "stop"
                 self._over.set()
         if self._finish_reason is not None and not self._over.is_set():
             self._reason = self._finish_reason
             self._over.set()
 
+    def _process(self, step: list[int]) -> bool:
+        """As vLLM's output processor; the log-probability of token t is -t. Whether the request is to end."""
+        column = np.array(step).reshape(-1, 1)
+        logprobs = LogprobsLists(column, -column.astype(np.float32), np.zeros(len(step), np.int64))
+        is_over = self._state.detokenizer.update(list(step), False)
+        self._state.logprobs_processor.update_from_output(EngineCoreOutput("", step, new_logprobs=logprobs))
+        return bool(is_over)
+
     async def get(self) -> Any:
         await self._over.wait()
-        tokens = self._state.detokenizer.output_token_ids
-        flat = SimpleNamespace(logprobs=[-float(t) for t in tokens], start_indices=list(range(len(tokens))))
+        tokens, logprobs = self._state.detokenizer.output_token_ids, self._state.logprobs_processor.logprobs
         ends = [(3, 0, min(self._swap_at, len(tokens))), (4, min(self._swap_at, len(tokens)), len(tokens))]
         versions = [SimpleNamespace(version=str(v), start=start, end=end) for v, start, end in ends if start < end]
         completion = SimpleNamespace(
-            token_ids=tokens, logprobs=flat, finish_reason=self._reason, weight_versions=versions
+            token_ids=tokens, logprobs=logprobs, finish_reason=self._reason, weight_versions=versions
         )
         return SimpleNamespace(outputs=[completion], finished=True)
 
