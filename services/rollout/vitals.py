@@ -13,13 +13,13 @@ from services.contracts.observations import Figure
 
 WINDOW_S = 10.0
 PREFIX = "multiattempt_rollout_"
-_COUNTERS: Mapping[str, tuple[str, dict[str, str]]] = {
-    "tokens_per_s": ("tokens_sampled_total", {}),
-    "dialogues_per_s": ("dialogues_total", {"outcome": "completed"}),
-    "share_idle_tasks": ("engine_idle_seconds_total", {"because": "tasks"}),
-    "share_idle_grading": ("engine_idle_seconds_total", {"because": "grading"}),
-    "grading_s": ("grading_seconds_sum", {}),
-    "gradings": ("grading_seconds_count", {}),
+_COUNTERS: Mapping[str, tuple[str, ...]] = {  # name, value of its label
+    "tokens_per_s": ("tokens_sampled_total",),
+    "dialogues_per_s": ("dialogues_total", "completed"),
+    "share_idle_tasks": ("engine_idle_seconds_total", "tasks"),
+    "share_idle_grading": ("engine_idle_seconds_total", "grading"),
+    "grading_s": ("grading_seconds_sum",),
+    "gradings": ("grading_seconds_count",),
 }
 _GAUGES: Mapping[str, str] = {
     "dialogues": "dialogues_running",
@@ -27,6 +27,7 @@ _GAUGES: Mapping[str, str] = {
     "sequences_waiting": "sequences_waiting",
     "kv_cache": "kv_cache_used_ratio",
 }
+_NAMES = {PREFIX + metric for metric in (*_GAUGES.values(), *(metric for metric, *_ in _COUNTERS.values()))}
 
 
 class VitalSigns:
@@ -38,8 +39,8 @@ class VitalSigns:
 
     def __call__(self) -> dict[str, Figure]:
         """Figures of the replica: rates per second, shares 0 to 1, grading_ms the mean of a verdict's wait."""
-        now = self._clock()
-        counted = {name: self._value(metric, labels) for name, (metric, labels) in _COUNTERS.items()}
+        now, found = self._clock(), self._samples()
+        counted = {name: found.get((metric, *labels), 0.0) for name, (metric, *labels) in _COUNTERS.items()}
         while self._recent and self._recent[0][0] < now - WINDOW_S:
             self._recent.popleft()
         self._recent.append((now, counted))
@@ -47,11 +48,17 @@ class VitalSigns:
         grown = {name: value - before[name] for name, value in counted.items()}
         seconds, gradings = now - since, grown.pop("gradings")
         grading_s = grown.pop("grading_s")
-        figures: dict[str, Figure] = {name: self._value(metric, {}) for name, metric in _GAUGES.items()}
+        figures: dict[str, Figure] = {name: found.get((metric,), 0.0) for name, metric in _GAUGES.items()}
         if seconds > 0:
             rates = {name: value / seconds for name, value in grown.items()}
             figures |= {name: min(1.0, rate) if name.startswith("share_") else rate for name, rate in rates.items()}
         return figures | {"grading_ms": 1e3 * grading_s / gradings if gradings else None}
 
-    def _value(self, metric: str, labels: dict[str, str]) -> float:
-        return self._registry.get_sample_value(PREFIX + metric, labels) or 0.0
+    def _samples(self) -> dict[tuple[str, ...], float]:
+        """Values by name and labels, of these metrics only: to collect all that a process has takes milliseconds."""
+        metrics = self._registry.restricted_registry(_NAMES).collect()
+        return {
+            (sample.name.removeprefix(PREFIX), *sample.labels.values()): sample.value
+            for metric in metrics
+            for sample in metric.samples
+        }

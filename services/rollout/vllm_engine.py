@@ -43,12 +43,16 @@ ENVIRONMENT = {
 class Watcher:
     """Stands where vLLM has a request's detokenizer: it is given the tokens of each step, and may end the request.
 
-    So nothing is woken up for a token: the caller hears of the request once, when it is over.
+    So nothing is woken up for a token: the caller hears of the request once, when it is over. It also stands where vLLM
+    gathers log-probabilities, with all that might have been asked for beside them.
     """
+
+    prompt_logprobs = prompt_token_id_logprobs = cumulative_logprob = None  # for vLLM: not asked for
 
     def __init__(self, is_last: Callable[[int], bool]) -> None:
         self._is_last = is_last
         self.output_token_ids: list[int] = []
+        self.logprobs: list[float] = []
         self.has_ended = False
         self.error: Exception | None = None
 
@@ -71,6 +75,11 @@ class Watcher:
         """For vLLM: take new tokens; any string ends the request."""
         self.take(new_token_ids)
         return "seen enough" if self.has_ended else None
+
+    def update_from_output(self, output: Any) -> None:
+        """For vLLM: take the log-probabilities of new tokens."""
+        if output.new_logprobs is not None:
+            self.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
 
     def get_next_output_text(self, finished: bool, delta: bool) -> str:  # noqa: FBT001 - vLLM's form
         """For vLLM: no text; whoever watches reads the tokens."""
@@ -114,7 +123,8 @@ class VllmEngine:
         imported = time.monotonic()
         self.async_llm, self.tokenizer = await asyncio.to_thread(self._load)
         loaded = time.monotonic()
-        await self.rpc("leave_out_ranks", {}, RPC_TIMEOUT_S)
+        for method in ("leave_out_ranks", "draw_in_groups"):
+            await self.rpc(method, {}, RPC_TIMEOUT_S)
         await self.async_llm.update_weight_version(str(self.version))
         nothing: dict[str, Any] = {"sampling": Sampling(), "stop_ids": frozenset(), "is_last": lambda _: False}
         await self.sample([0, 1], max_tokens=4, seed=0, **nothing)
@@ -138,6 +148,7 @@ class VllmEngine:
     def _load(self) -> tuple[Any, Any]:
         """The engine, its process started and its model loaded; and the tokenizer."""
         from transformers import AutoTokenizer
+        from vllm import envs
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -177,6 +188,7 @@ class VllmEngine:
         # vLLM always adds its own logger, the last: some forty metrics, which cost time in every step.
         async_llm.logger_manager.stat_loggers.pop()
         unregister_vllm_metrics()  # type: ignore[no-untyped-call]
+        envs.enable_envs_cache()  # else vLLM looks into the environment at each token
         return async_llm, AutoTokenizer.from_pretrained(self._model)
 
     async def sample(
@@ -204,11 +216,11 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length") and not watcher.has_ended:
             # An abort at a swap, or a fault of the engine's: half an attempt, which must not be judged.
             raise GenerationAborted(f"the engine ended the request: {completion.finish_reason}")
-        kept, flat = watcher.num_output_tokens(), completion.logprobs
+        kept = watcher.num_output_tokens()
         spans = [(int(span.version), span.start, min(span.end, kept)) for span in completion.weight_versions or []]
         return Completion(
             watcher.output_token_ids,
-            [flat.logprobs[i] for i in flat.start_indices[:kept]],
+            _sampled(completion.logprobs)[:kept],
             [(version, start, end) for version, start, end in spans if start < end],
         )
 
@@ -223,7 +235,8 @@ class VllmEngine:
                 if watcher.has_ended:
                     await llm.abort(queue.request_id, internal=True)
                 else:
-                    state.detokenizer = watcher
+                    watcher.logprobs = _sampled(state.logprobs_processor.logprobs)
+                    state.detokenizer = state.logprobs_processor = watcher
             return await queue.get()
         except asyncio.CancelledError:
             await llm.abort(queue.request_id, internal=True)
@@ -314,6 +327,11 @@ class VllmEngine:
 
         choice = self._config.rollout.device
         return choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+
+
+def _sampled(logprobs: Any) -> list[float]:
+    """The log-probabilities of sampled tokens, as a watcher gathered them or as vLLM did."""
+    return logprobs if isinstance(logprobs, list) else [logprobs.logprobs[i] for i in logprobs.start_indices]
 
 
 def cpu_arguments(*, kv_cache_mb: int, max_model_len: int) -> dict[str, Any]:

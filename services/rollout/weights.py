@@ -22,6 +22,7 @@ from services.contracts.weights.fingerprint import fingerprint, share
 from services.contracts.weights.plan import Plan, TensorSpec, make_plan
 from services.contracts.weights.protocol import Join, Prepare
 from services.contracts.weights.receiver import Receiver
+from services.rollout.draw import draw
 
 STAGED = "multiattempt"
 DIRECT = "multiattempt-direct"
@@ -189,11 +190,22 @@ def _no_ranks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(values), dtype=torch.int64, device=x.device)
 
 
+def _draw_in_groups(
+    logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What vLLM's `TopKTopPSampler.forward` does when `logprobs_mode` is "processed_logprobs"."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    return draw(apply_top_k_top_p(logits, k, p), generators)
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`): what its weight-transfer interface lacks."""
 
     weight_transfer_engine: StagedWeightTransferEngine | DirectWeightTransferEngine
     vllm_config: Any
+    device: torch.device
+    model_runner: Any
     _weight_update_active: bool
 
     def leave_out_ranks(self) -> None:
@@ -204,6 +216,11 @@ class WorkerExtension:
         from vllm.v1.sample import sampler
 
         sampler.batched_count_greater_than = _no_ranks
+
+    def draw_in_groups(self) -> None:
+        """On a CPU, draw tokens as `draw` does, in a tenth of the time that vLLM takes."""
+        if self.device.type == "cpu":
+            self.model_runner.sampler.topk_topp_sampler.forward = _draw_in_groups
 
     def weights_status(self) -> dict[str, Any]:
         """State of the reception in this worker."""

@@ -26,8 +26,7 @@ from services.contracts.wire import Progress, Task, Trajectory
 from services.grader.client import GraderUnavailableError
 from services.rollout.runner import EngineDead, GenerationAborted, UnrunnableTask
 
-IDLE_S = 0.05  # between looks at an empty ledger
-BUSY_S = 0.01  # between looks when full: dialogues end one by one
+LOOK_S = 0.05  # between looks at what has ended and may be claimed; the engine has more in stock (`admission.LAG_S`)
 RELEASE_PAUSE_S = 1.0  # no claims after a grader deadline: other tasks would meet the same grader
 GIVE_BACK_S = 5.0  # at the end, for giving tasks back; what is left then waits for its lease to run out
 MAX_FAILURES = 4  # different tasks, with no dialogue completed in between
@@ -124,7 +123,8 @@ class Worker:
                 self._reap()
                 if renewing.done():
                     renewing.result()
-                await asyncio.sleep(BUSY_S if await self._claim() else IDLE_S)
+                await self._claim()
+                await asyncio.sleep(LOOK_S)
         except EngineDead:
             self.is_engine_dead = True
             raise
@@ -171,8 +171,8 @@ class Worker:
             self._running[entry_id].is_leaving = True
         return await self._ledger.release(self._replica_id, entry_id, has_failed=has_failed)
 
-    async def _claim(self) -> bool:
-        """Fill the free places; whether anything is running."""
+    async def _claim(self) -> None:
+        """Fill the free places."""
         is_closed = self.is_draining or time.monotonic() < self._claims_from
         free = self._free_places(len(self._running), self._num_completed)
         if free > 0 and not is_closed:
@@ -185,7 +185,6 @@ class Worker:
                     work = asyncio.create_task(self._run_one(claim, saver, after=running.work if running else None))
                 self._running[claim.entry_id] = _Running(claim.task.task_id, work, saver)
         IN_FLIGHT.set(len(self._running))
-        return bool(self._running)
 
     def _reap(self) -> None:
         for entry_id in [entry_id for entry_id, running in self._running.items() if running.work.done()]:

@@ -4,9 +4,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.logprobs import FlatLogprobs
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from services.contracts.config import ConfigError, load
 from services.contracts.wire import Sampling
@@ -39,10 +44,11 @@ class ScriptedLlm:
     async def add_request(self, request_id: str, prompt: Any, parameters: Any) -> "ScriptedLlm":
         self.requests.append((prompt, parameters, request_id))
         self.request_id = f"{request_id}-internal"
-        self.output_processor.request_states[self.request_id] = SimpleNamespace(detokenizer=IncrementalDetokenizer())
-        self._state = self.output_processor.request_states[self.request_id]
+        processor = LogprobsProcessor(None, FlatLogprobs(), None, 0.0, 0, None)
+        self._state = SimpleNamespace(detokenizer=IncrementalDetokenizer(), logprobs_processor=processor)
+        self.output_processor.request_states[self.request_id] = self._state
         for step in self._steps[: self._early]:
-            self._state.detokenizer.update(step, False)
+            self._process(step)
         self.sampling = asyncio.create_task(self._sample(self._steps[self._early :]))
         return self
 
@@ -51,21 +57,28 @@ class ScriptedLlm:
             await asyncio.sleep(0)
             if self._over.is_set():
                 return
-            if self._state.detokenizer.update(list(step), False):
+            if self._process(step):
                 self._reason = "stop"
                 self._over.set()
         if self._finish_reason is not None and not self._over.is_set():
             self._reason = self._finish_reason
             self._over.set()
 
+    def _process(self, step: list[int]) -> bool:
+        """As vLLM's output processor; the log-probability of token t is -t. Whether the request is to end."""
+        column = np.array(step).reshape(-1, 1)
+        logprobs = LogprobsLists(column, -column.astype(np.float32), np.zeros(len(step), np.int64))
+        is_over = self._state.detokenizer.update(list(step), False)
+        self._state.logprobs_processor.update_from_output(EngineCoreOutput("", step, new_logprobs=logprobs))
+        return bool(is_over)
+
     async def get(self) -> Any:
         await self._over.wait()
-        tokens = self._state.detokenizer.output_token_ids
-        flat = SimpleNamespace(logprobs=[-float(t) for t in tokens], start_indices=list(range(len(tokens))))
+        tokens, logprobs = self._state.detokenizer.output_token_ids, self._state.logprobs_processor.logprobs
         ends = [(3, 0, min(self._swap_at, len(tokens))), (4, min(self._swap_at, len(tokens)), len(tokens))]
         versions = [SimpleNamespace(version=str(v), start=start, end=end) for v, start, end in ends if start < end]
         completion = SimpleNamespace(
-            token_ids=tokens, logprobs=flat, finish_reason=self._reason, weight_versions=versions
+            token_ids=tokens, logprobs=logprobs, finish_reason=self._reason, weight_versions=versions
         )
         return SimpleNamespace(outputs=[completion], finished=True)
 
@@ -175,6 +188,44 @@ def test_log_probabilities_are_the_same_without_the_ranks_that_nobody_reads(monk
     found = sampler.Sampler.gather_logprobs(logprobs, 0, chosen)
     assert torch.equal(found.logprobs[:, 0], logprobs[torch.arange(3), chosen])
     assert found.selected_token_ranks.shape == (3,)
+
+
+def test_vllms_sampler_with_our_draw_minds_temperature_and_top_k_and_tells_the_log_probabilities_drawn_from() -> None:
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
+
+    from services.rollout.weights import WorkerExtension
+
+    worker: Any = WorkerExtension()
+    sampler = Sampler(logprobs_mode="processed_logprobs")
+    worker.device, worker.model_runner = torch.device("cpu"), SimpleNamespace(sampler=sampler)
+    worker.draw_in_groups()
+    logits, nothing = torch.randn(3, 300), torch.zeros(3)
+    metadata = SamplingMetadata(
+        temperature=torch.tensor([0.0, 0.5, 0.5]),
+        all_greedy=False,
+        all_random=False,
+        top_p=None,
+        top_k=torch.tensor([300, 1, 300]),
+        generators={row: torch.Generator().manual_seed(row) for row in range(3)},
+        max_num_logprobs=0,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=nothing,
+        presence_penalties=nothing,
+        repetition_penalties=nothing,
+        output_token_ids=[[], [], []],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+    found = sampler.sample(logits.clone(), metadata)
+    tokens, logprobs = found[0].tolist(), found[1]
+    assert logprobs is not None
+    assert tokens[:2] == logits.argmax(-1).tolist()[:2]
+    assert logprobs[1, tokens[1]] == 0.0
+    torch.testing.assert_close(logprobs[2], (logits[2] / 0.5).log_softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_a_library_that_vllm_would_do_without_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ HEAVY = {
         "contracts/weights/nccl.py",
     ),
     "deepspeed": ("learner/deepspeed_engine.py",),
-    "torch": ("learner/", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/"),
+    "torch": ("learner/", "rollout/draw.py", "rollout/vllm_engine.py", "rollout/weights.py", "contracts/weights/"),
     "transformers": ("learner/", "rollout/vllm_engine.py"),
 }
 # Beyond `contracts` and itself: the grader ships its client; the command line runs evaluations in its own process, and
