@@ -26,7 +26,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.rollout import make_tinyqwen
+from benchmarks import rollout
 from services.contracts.config import RunConfig, load
 from services.contracts.problems import load_problems
 from services.contracts.template import prompt_ids
@@ -37,29 +37,49 @@ from tests.processes import ROOT
 GROUP = 8
 NUM_PROBLEMS = 4096
 TIMEOUT_S = 900.0
-WARM_UP = 3  # batches not counted: engines and allocators settle
-AT_END = 2  # nor these: nothing is generated beside them any more, and a checkpoint is written
+AT_END = 2  # batches not counted: nothing is generated beside them any more, and a checkpoint is written
 
 
 @dataclass(frozen=True)
 class Model:
     """What to train. end: the token at which TRL ends an attempt, as ours does by itself."""
 
+    config: str
     flags: tuple[str, ...]
     end: str
-    batches: int
+    counted: int
+    """Batches that are measured."""
+    warm_up: int
+    """Batches before them: engines and allocators settle, and what is generated ahead has been."""
+
+    @property
+    def batches(self) -> int:
+        return self.warm_up + self.counted
 
 
 MODELS = {
-    "demo": Model((), end="}", batches=20),  # 0.8 M parameters, answers of about 9 tokens
+    # 0.8 M parameters, answers of about 9 tokens.
+    "demo": Model("configs/demo.toml", (), end="}", counted=15, warm_up=3),
     "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens, some of 128
+        "configs/demo.toml",
         (
             "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=128",
             "--dialogue.tokens_per_dialogue=640", "--model.max_model_len=1024", "--learner.batch_dialogues=64",
             "--learner.minibatch_dialogues=16",
         ),
         end="<|im_end|>",
-        batches=10,
+        counted=4,
+        warm_up=2,
+    ),
+    "smollm2": Model(  # 135 M parameters, sums after an example; an attempt ends with the model's turn
+        rollout.MODELS["smollm2"].config,
+        (
+            *rollout.MODELS["smollm2"].flags, "--dialogue.stop_at_box=false", "--model.dtype=float32",
+            "--learner.zero_stage=0",
+        ),
+        end="<|im_end|>",
+        counted=3,
+        warm_up=2,
     ),
 }  # fmt: skip
 CASES = {
@@ -117,25 +137,26 @@ def configured(name: str, start: Path | None, folder: Path, *flags: str) -> RunC
     model = [f"--model.path={start}", "--model.source=pretrained", "--model.warmup_steps=0"] if start else []
     common = (f"--run.dir={folder}", "--run.name=e2e", "--evaluation.enabled=false", "--learner.advantage=grpo")
     same = (f"--learner.samples_per_problem={GROUP}", "--learner.kl_coef=0", "--learner.checkpoint_every=10000")
-    devices = ("--rollout.device=cpu", "--learner.device=cpu", f"--run.steps={MODELS[name].batches}")
-    return load(ROOT / "configs/demo.toml", [*MODELS[name].flags, *model, *common, *same, *devices, *flags], env={})
+    devices = ("--rollout.device=cpu", "--learner.device=cpu", f"--run.steps={MODELS[name].batches + AT_END}")
+    return load(ROOT / MODELS[name].config, [*MODELS[name].flags, *model, *common, *same, *devices, *flags], env={})
 
 
 def starting_model(name: str, folder: Path) -> Path:
     """Folder of the model that all start from."""
-    return make_tinyqwen(folder / "model") if name == "tinyqwen" else prepare(configured(name, None, folder))
+    return rollout.make_tinyqwen(folder / "model") if name == "tinyqwen" else prepare(configured(name, None, folder))
 
 
 def ours(name: str, start: Path, folder: Path, case: str) -> Speed:
     """A run of the whole system."""
     config = configured(name, start, folder, *CASES[case])
-    flags = [f"--{section}.{key}={_text(value)}" for section, key, value in _changed(config)]
-    command = [sys.executable, "-m", "services.cli", "train", str(ROOT / "configs/demo.toml"), *flags]
+    file = ROOT / MODELS[name].config
+    flags = [f"--{section}.{key}={_text(value)}" for section, key, value in _changed(config, file)]
+    command = [sys.executable, "-m", "services.cli", "train", str(file), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"the run failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    counted = lines[WARM_UP:-AT_END]
+    counted = lines[MODELS[name].warm_up : -AT_END]
     seconds = [line["step_s"] for line in counted]
     parts = {part: statistics.fmean(line[f"{part}_s"] for line in counted) for part in STEP_PARTS}
     tokens = statistics.fmean(line["response_tokens"] for line in counted)
@@ -158,7 +179,7 @@ def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
         "model": str(start), "folder": str(folder / "trl"), "problems": problems, "end": MODELS[name].end,
         "threads": os.cpu_count(), "batch": config.learner.batch_dialogues, "group": GROUP, "lr": config.learner.lr,
         "minibatch": config.learner.minibatch_dialogues, "max_tokens": config.dialogue.tokens_per_attempt,
-        "batches": MODELS[name].batches - AT_END, "seed": config.run.seed,
+        "batches": MODELS[name].batches, "seed": config.run.seed, "dtype": config.model.dtype,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     command = [str(python), str(ROOT / "benchmarks/trl_grpo.py"), str(folder / "settings.json")]
@@ -166,7 +187,7 @@ def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"TRL failed: {done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')][WARM_UP:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')][MODELS[name].warm_up :]
     seconds, generating = ([line[part] for line in lines] for part in ("seconds", "generate_s"))
     parts = {"generate": statistics.fmean(generating), "rest": statistics.fmean(seconds) - statistics.fmean(generating)}
     tokens = statistics.fmean(line["tokens"] for line in lines)
@@ -191,9 +212,9 @@ def report(found: dict[tuple[str, str], list[Speed]]) -> None:
         print(json.dumps(claim))
 
 
-def _changed(config: RunConfig) -> Sequence[tuple[str, str, object]]:
-    """Every setting that is not the default, as (section, name, JSON value)."""
-    plain = load(ROOT / "configs/demo.toml", [], env={}).model_dump(mode="json")
+def _changed(config: RunConfig, file: Path) -> Sequence[tuple[str, str, object]]:
+    """Every setting that is not the file's, as (section, name, JSON value)."""
+    plain = load(file, [], env={}).model_dump(mode="json")
     return [
         (section, key, value)
         for section, values in config.model_dump(mode="json").items()
