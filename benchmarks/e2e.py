@@ -67,16 +67,16 @@ MODELS = {
             "--learner.minibatch_dialogues=16",
         ),
         end="<|im_end|>",
-        counted=4,
+        counted=3,
     ),
     "smollm2": Model(  # 135 M parameters, sums after an example; an attempt ends with the model's turn
         rollout.MODELS["smollm2"].config,
         (
             *rollout.MODELS["smollm2"].flags, "--dialogue.stop_at_box=false", "--model.dtype=float32",
-            "--learner.zero_stage=0",
+            "--learner.zero_stage=0", "--learner.batch_dialogues=16", "--learner.minibatch_dialogues=8",
         ),
         end="<|im_end|>",
-        counted=3,
+        counted=2,
     ),
 }  # fmt: skip
 CASES = {
