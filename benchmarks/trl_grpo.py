@@ -93,7 +93,7 @@ def main() -> None:
     rewards = Rewards()
     clock = Clock(steps_per_batch, rewards)
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"])),
         reward_funcs=[rewards],
         args=config,
         train_dataset=Dataset.from_list(settings["problems"]),

@@ -319,7 +319,7 @@ class LearnerSection(_Section):
     minibatch_dialogues: Positive = 128
     """Dialogues per optimiser step; `batch_dialogues` must be a multiple."""
     micro_tokens: Positive = 16_384
-    """Padded tokens per forward pass."""
+    """Tokens per forward pass, padding included; on CPUs what dialogues have in common counts once."""
     epochs: Positive = 1
     """Passes over each batch."""
     max_staleness: NonNegative = 0

@@ -3,11 +3,13 @@
 Every rank sees the whole batch and computes the same plan, so no rank need ask another. Layout: all action tokens of
 a rank's dialogues lie flat, one dialogue behind the other (feedback and prompt deleted); a micro-batch is a block of
 input ids with, for each of its action tokens, the position that predicts it and the place in the flat arrays. The
-block is one row in which dialogues of any lengths lie behind one another ("packed"), or a row for each of them,
-right-padded ("padded"). What a loss does with them is in `losses` and `ppo`.
+block is one row in which dialogues of any lengths lie behind one another ("packed"), the same with what they have in
+common only once ("shared", see `prefixes`), or a row for each of them, right-padded ("padded"). What a loss does with
+them is in `losses` and `ppo`.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,22 +19,24 @@ from numpy.typing import NDArray
 
 from services.contracts.rewards import attempt_reward
 from services.contracts.wire import Trajectory
+from services.learner import prefixes
 from services.learner.sampler import group_of
 
 Int64 = NDArray[np.int64]
 RewardAt = Literal["dialogue", "attempt"]
-Layout = Literal["packed", "padded"]
+Layout = Literal["shared", "packed", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One forward pass. B rows of T tokens, of which A predict an action; A = 0 only keeps ranks in step."""
 
-    input_ids: Int64  # packed [1, T]; padded [B, T] with 0: under causal attention nothing looks at the padding
+    input_ids: Int64  # in one row [1, T]; padded [B, T] with 0: under causal attention nothing looks at the padding
     positions: Int64  # [A] in the flattened [B * T]: position t predicts token t + 1
     targets: Int64  # [A] the action tokens themselves
     flat: Int64  # [A] place of each in the rank's flat arrays
-    offsets: NDArray[np.int32] | None = None  # packed [S + 1]: where each dialogue begins in the row, and its end
+    offsets: NDArray[np.int32] | None = None  # of one row [S + 1]: where each segment begins in it, and its end
+    parents: NDArray[np.int32] | None = None  # shared [S]: the segment before each, or -1; else each is a dialogue
 
     @property
     def num_actions(self) -> int:
@@ -167,23 +171,28 @@ def bins(members: Int64, lengths: Int64, micro_tokens: int) -> list[Int64]:
 
 def micro_batch(packed: Packed, members: Int64, layout: Layout = "padded") -> MicroBatch:
     """The block of these dialogues (indices into `packed`)."""
-    lengths = [len(packed.inputs[i]) for i in members]
-    offsets = None
-    if layout == "packed":
-        input_ids = np.concatenate([packed.inputs[i] for i in members])[None]
+    inputs = [packed.inputs[i] for i in members]
+    lengths = [len(ids) for ids in inputs]
+    offsets = parents = None
+    if layout == "shared":
+        ids, offsets, parents, places = prefixes.grow(inputs)
+        input_ids = ids[None]
+    elif layout == "packed":
+        input_ids = np.concatenate(inputs)[None]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        starts = offsets[:-1].astype(np.int64)
+        places = [np.arange(start, end) for start, end in itertools.pairwise(offsets.tolist())]
     else:
         input_ids = np.zeros((len(members), max(lengths)), dtype=np.int64)
-        for row, i in zip(input_ids, members, strict=True):
-            row[: len(packed.inputs[i])] = packed.inputs[i]
-        starts = np.arange(len(members)) * max(lengths)
+        for row, ids in zip(input_ids, inputs, strict=True):
+            row[: len(ids)] = ids
+        places = [np.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
     return MicroBatch(
         input_ids=input_ids,
-        positions=np.concatenate([packed.predicts[i] + start for i, start in zip(members, starts, strict=True)]),
+        positions=np.concatenate([place[packed.predicts[i]] for i, place in zip(members, places, strict=True)]),
         targets=np.concatenate([packed.targets[i] for i in members]),
         flat=np.concatenate([np.arange(packed.offsets[i], packed.offsets[i + 1]) for i in members]),
         offsets=offsets,
+        parents=parents,
     )
 
 
@@ -240,11 +249,16 @@ def plan(
     """
     counts = np.array([int(t.action_mask.sum()) for t in trajectories], dtype=np.int64)
     lengths = np.array([int(np.flatnonzero(t.action_mask)[-1]) for t in trajectories], dtype=np.int64)
+    dialogues = [t.token_ids[:length] for t, length in zip(trajectories, lengths, strict=True)]
     by_part = [shard(part, lengths, world) for part in parts]
     owned = np.concatenate([ranks[rank] for ranks in by_part])
     packed = pack([trajectories[i] for i in owned], reward_at=reward_at)
     local = {int(i): place for place, i in enumerate(owned)}
-    cut = bins if blocks.layout == "packed" else buckets
+
+    def cut(members: Int64, micro_tokens: int) -> list[Int64]:
+        if blocks.layout == "shared":
+            return prefixes.cut(members, dialogues, micro_tokens)
+        return (bins if blocks.layout == "packed" else buckets)(members, lengths, micro_tokens)
 
     def build(cuts: list[list[Int64]]) -> list[MicroBatch]:
         mine = [
@@ -254,9 +268,9 @@ def plan(
 
     shares = []
     for part, ranks in zip(parts, by_part, strict=True):
-        cuts = [cut(members, lengths, blocks.micro_tokens) for members in ranks]
+        cuts = [cut(members, blocks.micro_tokens) for members in ranks]
         shares.append(Share(part, build(cuts), int(counts[part].sum()), sum(map(len, cuts))))
     known = np.zeros(len(trajectories), dtype=np.bool_) if known is None else known
     everyone = [np.concatenate([ranks[r] for ranks in by_part]) for r in range(world)]
-    inference = build([cut(members[~known[members]], lengths, blocks.inference_tokens) for members in everyone])
+    inference = build([cut(members[~known[members]], blocks.inference_tokens) for members in everyone])
     return Plan(packed, owned, counts, shares, inference, known)

@@ -219,8 +219,9 @@ def inputs(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 def where(micro: MicroBatch) -> dict[str, Tensor]:
-    """Where the dialogues of a packed row lie, as the models want to be told."""
-    return {} if micro.offsets is None else {"offsets": torch.from_numpy(micro.offsets)}
+    """Where the dialogues of a row lie, as the models want to be told."""
+    told = {"offsets": micro.offsets, "parents": micro.parents}
+    return {name: torch.from_numpy(array) for name, array in told.items() if array is not None}
 
 
 def _identity(trajectory: Trajectory) -> tuple[int, int]:

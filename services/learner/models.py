@@ -1,7 +1,8 @@
 """Actor, critic and reference as torch modules. How they are trained and spread over ranks is `deepspeed_engine`'s.
 
-All take ids without an attention mask: one row of dialogues that begin at `offsets`, or right-padded rows, one of each
-dialogue, where under causal attention no real position sees the padding.
+All take ids without an attention mask: one row of segments that begin at `offsets`, each a dialogue or, with `parents`,
+what follows another segment in one; or right-padded rows, one of each dialogue, where under causal attention no real
+position sees the padding.
 """
 
 from pathlib import Path
@@ -54,13 +55,15 @@ class Actor(nn.Module):
         with_entropy: bool = False,  # noqa: FBT001, FBT002 - DeepSpeed passes positions
         *,
         offsets: Tensor | None = None,
+        parents: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B, T], positions [A] in the flattened [B * T], targets [A], all int64. Returns fp32 [A].
 
         with_entropy: fp32 [2, A], the second row the entropy of the distribution that each token is from. offsets:
-        int32 CPU [S + 1], where each of the dialogues in the one row begins, and its end.
+        int32 CPU [S + 1], where each of the segments in the one row begins, and its end. parents: int32 CPU [S], the
+        segment before each, or -1.
         """
-        hidden = _hidden(self.model.base_model, input_ids, positions, offsets)
+        hidden = _hidden(self.model.base_model, input_ids, positions, offsets, parents)
         head: TokenHead = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         answer: Tensor = head(hidden, targets, self.temperature, with_entropy=with_entropy)
         return answer
@@ -79,15 +82,24 @@ class Critic(nn.Module):
             self.head.weight.copy_(drawn / (hidden + 1))
         _attend_by_dialogue(backbone)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        offsets: Tensor | None = None,
+        parents: Tensor | None = None,
+    ) -> Tensor:
         """As the actor's: the value before the token that follows each position. Returns fp32 [A]."""
-        value: Tensor = self.head(_hidden(self.backbone, input_ids, positions, offsets))
+        value: Tensor = self.head(_hidden(self.backbone, input_ids, positions, offsets, parents))
         return value.squeeze(-1)
 
 
-def _hidden(backbone: nn.Module, input_ids: Tensor, positions: Tensor, offsets: Tensor | None) -> Tensor:
+def _hidden(
+    backbone: nn.Module, input_ids: Tensor, positions: Tensor, offsets: Tensor | None, parents: Tensor | None
+) -> Tensor:
     """Hidden states at the positions: [A, H]."""
-    rows = {} if offsets is None else rows_at(offsets, input_ids.device)
+    rows = {} if offsets is None else rows_at(offsets, input_ids.device, parents)
     hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **rows).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, positions)
 

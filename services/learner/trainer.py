@@ -21,6 +21,7 @@ from services.contracts.books import Books
 from services.contracts.config import ConfigError, RunConfig, model_path
 from services.contracts.wire import Trajectory, decode_trajectory, encode
 from services.learner.algorithm import CONFIG, kept
+from services.learner.batch import Layout
 from services.learner.checkpoint import Checkpoints, Manifest
 from services.learner.deepspeed_engine import Engine, WeightSource, choose_backend
 from services.learner.export import HfExporter
@@ -54,9 +55,6 @@ class Trainer:
         recompute = learner.gradient_checkpointing
         self._module: Actor = load_actor(self._model_path, dtype=dtype, gradient_checkpointing=recompute, **policy)
         self.actor = Engine(self._module, config=learner, dtype=dtype, ranks=ranks, lr=learner.lr)
-        on_gpu = self.actor.device.type == "cuda"
-        # On GPUs only half precision has a kernel for rows of several dialogues.
-        is_packed = can_pack(self._module) and not (on_gpu and dtype is torch.float32)
         self.critic: Engine | None = None
         if learner.advantage == "gae":
             critic = load_critic(self._model_path, dtype=dtype, seed=config.run.seed, gradient_checkpointing=recompute)
@@ -73,7 +71,7 @@ class Trainer:
             ranks=ranks,
             seed=config.run.seed,
             total_updates=config.run.steps,
-            layout="packed" if is_packed else "padded",
+            layout=_layout(self._module, self.actor.device, dtype),
         )
         self._staged: Prepared | None = None
         self.source = WeightSource(self.actor, ranks)
@@ -287,6 +285,15 @@ def _score(figures: Mapping[str, float], metric: str) -> float | None:
     """Of a checkpoint, higher is better; None without a figure of that name. `metric`: see `checkpoint_best`."""
     value = figures.get(metric.removeprefix("-"))
     return -value if value is not None and metric.startswith("-") else value
+
+
+def _layout(module: Actor, device: torch.device, dtype: torch.dtype) -> Layout:
+    """Of the micro-batches, the best that the attention can do."""
+    if not can_pack(module):
+        return "padded"
+    if device.type == "cpu":
+        return "shared"
+    return "padded" if dtype is torch.float32 else "packed"  # the kernel is of half precision, and of whole dialogues
 
 
 def _threads(config: RunConfig) -> int:

@@ -20,6 +20,7 @@ from services.learner.ppo import Ppo
 from services.learner.ranks import Ranks
 
 UPDATES = 3
+LAYOUTS: tuple[Layout, ...] = ("shared", "packed")
 COMMON = ["batch_dialogues=12", "minibatch_dialogues=6", "kl_coef=0.1", "lr=1e-3", "critic_lr=1e-3", "device=cpu"]
 CASES = {
     **{f"zero {stage}": [f"zero_stage={stage}"] for stage in range(4)},
@@ -27,6 +28,8 @@ CASES = {
     "all at once": ["zero_stage=0", "micro_tokens=100000"],
     "packed": ["zero_stage=0"],
     "packed, zero 3": ["zero_stage=3"],
+    "shared": ["zero_stage=0"],
+    "shared, zero 3": ["zero_stage=3"],
     "reference on the host": ["zero_stage=2", "reference_weights=host", "offload_activations=true"],
     "asked ahead": ["zero_stage=3"],
     "grpo": ["zero_stage=0", "advantage=grpo", "samples_per_problem=3"],
@@ -51,8 +54,10 @@ def tiny(kind: type[Qwen2ForCausalLM] | type[Qwen2Model]) -> Qwen2ForCausalLM | 
 
 
 def batch(update: int) -> list[Trajectory]:
-    """Twelve dialogues; nothing can be done about the fifth."""
+    """Twelve dialogues that begin alike; nothing can be done about the fifth."""
     dialogues = [make_trajectory(12 * update + i, attempts=1 + i % 3) for i in range(12)]
+    for dialogue in dialogues:
+        dialogue.token_ids[:10] = 7
     dialogues[4] = msgspec.structs.replace(dialogues[4], logprobs=dialogues[4].logprobs - 20)
     return dialogues
 
@@ -67,7 +72,7 @@ def run(name: str, flags: list[str], ranks: Ranks) -> dict[str, object]:
     actor = engine(Actor(tiny(Qwen2ForCausalLM), temperature=1.0), config.lr)
     critic = engine(Critic(tiny(Qwen2Model), seed=0), config.critic_lr) if config.advantage == "gae" else None
     reference = engine(Actor(tiny(Qwen2ForCausalLM), temperature=1.0), None)
-    layout: Layout = "packed" if name.startswith("packed") else "padded"
+    layout = next((one for one in LAYOUTS if name.startswith(one)), "padded")
     ppo = Ppo(actor, critic, reference, config=config, ranks=ranks, seed=0, total_updates=UPDATES, layout=layout)
     figures = []
     for version in range(UPDATES):

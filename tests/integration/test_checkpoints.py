@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from services.contracts.config import RunConfig
 from services.learner.algorithm import CONFIG
 from services.learner.checkpoint import Checkpoints
+from services.learner.universal import convert
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 Model = Path
@@ -56,6 +57,20 @@ def test_ranks_may_be_others_than_wrote_the_checkpoint(
         assert theirs.figures[0][name] == pytest.approx(ours.figures[0][name], rel=1e-4, abs=1e-6)
     left = {path.name for path in (other.run_dir / "checkpoints").iterdir()}
     assert left == {"best", "v00000001", "v00000002"}  # the converted one is gone
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_other_ranks_have_the_same_masters_and_moments_in_bf16(tmp_path: Path, first: int, second: int) -> None:
+    RankProcesses("universal_rank.py", [str(tmp_path), "save"], world=first).finish()
+    names = [f"zero{stage}" for stage in (1, 2, 3)]
+    convert(tmp_path / "saved", names, tmp_path / "universal")
+    RankProcesses("universal_rank.py", [str(tmp_path), "load"], world=second).finish()
+    saved, restored = (torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in ("save", "load"))
+    for name in names:
+        (left, left_next), (found, found_next) = saved[name], restored[name]
+        assert [key for key in left if not torch.equal(found[key], left[key])] == [], name
+        torch.testing.assert_close(found_next, left_next, rtol=1e-6, atol=0)  # a step later: its number is the same too
+        assert not torch.equal(left["layers.0.weight"], left_next["layers.0.weight"])
 
 
 def test_an_export_is_a_model_for_transformers_with_a_card(tmp_path: Path, model: Model) -> None:

@@ -135,10 +135,11 @@ def test_one_step_equals_plain_adamw_on_the_whole_minibatch(
     assert_same(ours.weights, theirs, 2e-5)  # a step of Adam is about 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_resumed_equals_uninterrupted_and_the_export_loads(tmp_path: Path, model: Path, stage: int) -> None:
-    whole = train(make_run(tmp_path / "a", model, "--learner.zero_stage", str(stage)), updates=2)
-    config = make_run(tmp_path / "b", model, "--learner.zero_stage", str(stage))
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32")])
+def test_resumed_equals_uninterrupted_and_the_export_loads(tmp_path: Path, model: Path, stage: int, dtype: str) -> None:
+    flags = ("--learner.zero_stage", str(stage), "--model.dtype", dtype)
+    whole = train(make_run(tmp_path / "a", model, *flags), updates=2)
+    config = make_run(tmp_path / "b", model, *flags)
     first = train(config, updates=1)
     second = train(config, updates=1, mode="resume")
     assert_same(second.weights, whole.weights, 0.0)

@@ -64,7 +64,9 @@ def test_any_number_of_micro_batches_is_the_same_update(runs: dict[int, Found], 
     assert_same_updates(runs[world][case], runs[1]["zero 0"])
 
 
-@pytest.mark.parametrize("case", ["packed", "packed, zero 3", "reference on the host", "asked ahead"])
+@pytest.mark.parametrize(
+    "case", ["packed", "packed, zero 3", "shared", "shared, zero 3", "reference on the host", "asked ahead"]
+)
 @pytest.mark.parametrize("world", [1, 2])
 def test_neither_layout_nor_place_nor_time_of_asking_change_an_update(
     runs: dict[int, Found], case: str, world: int
