@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boxy_model import END, save_model
+from boxy_model import save_model
 from dialogue_run import NUM_PREFIX, DialogueRun, Outcome, Pass
 from exactness import agreement, recompute, share_identical
 from transformers import Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load
-from services.contracts.template import feedback_ids, prompt_ids
+from services.contracts.template import end_of_turn_ids, feedback_ids, prompt_ids
 from services.contracts.wire import Attempt, Sampling, Task, Trajectory
 from services.grader.answer import extract
 from services.learner.arithmetic_model import build_tokenizer
@@ -93,7 +93,7 @@ def test_behaviour_logprobs_are_those_of_the_weights(outcomes, references, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_trajectory_is_its_prompt_its_attempts_and_its_feedback_and_nothing_else(outcomes, dtype):
     tokenizer, dialogue = build_tokenizer(), config(dtype).dialogue
-    [end] = tokenizer.encode(END, add_special_tokens=False)
+    ends = end_of_turn_ids(tokenizer, dialogue)
     for trajectories in outcomes[dtype].passes:
         assert sorted(trajectories) == list(range(NUM_TASKS))
         for task in TASKS:
@@ -107,7 +107,7 @@ def test_a_trajectory_is_its_prompt_its_attempts_and_its_feedback_and_nothing_el
                 if number < len(attempts):
                     expected += feedback_ids(
                         tokenizer, dialogue, attempt.verdict, attempts_left=task.max_attempts - number,
-                        turn_closed=sampled[-1] == end,
+                        turn_closed=sampled[-1] in ends,
                     )  # fmt: skip
             assert ids == expected
             positions = np.concatenate([np.arange(attempt.start, attempt.end) for attempt in attempts])
@@ -120,7 +120,7 @@ def test_a_trajectory_is_its_prompt_its_attempts_and_its_feedback_and_nothing_el
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_attempt_ends_with_the_token_that_closes_its_first_box(outcomes, dtype):
     tokenizer = build_tokenizer()
-    [end] = tokenizer.encode(END, add_special_tokens=False)
+    ends = end_of_turn_ids(tokenizer, config(dtype).dialogue)
     boxed = []
     for ids, attempt in attempts_of(outcomes[dtype].passes[0].values()):
         texts = [tokenizer.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
@@ -130,7 +130,7 @@ def test_an_attempt_ends_with_the_token_that_closes_its_first_box(outcomes, dtyp
         if answers[-1] is not None:
             boxed.append((ids, texts[-1]))
         else:
-            assert ids[-1] == end or len(ids) == TOKENS_PER_ATTEMPT
+            assert ids[-1] in ends or len(ids) == TOKENS_PER_ATTEMPT
     spelled = [text for ids, text in boxed if "\\boxed{" not in tokenizer.convert_ids_to_tokens(ids)]
     assert len(spelled) > 20  # seven tokens to the brace
     for character in "é你🙂":
