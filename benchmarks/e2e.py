@@ -67,7 +67,7 @@ MODELS = {
             "--learner.minibatch_dialogues=16",
         ),
         end="<|im_end|>",
-        counted=3,
+        counted=2,
     ),
     "smollm2": Model(  # 135 M parameters, sums after an example; an attempt ends with the model's turn
         rollout.MODELS["smollm2"].config,
@@ -119,7 +119,7 @@ def main() -> None:
                     found.setdefault((name, case), []).append(speed)
                     parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in speed.parts.items())
                     print(
-                        f"{name}, {case}: {speed.trajectories_per_s:.1f} trajectories/s of {speed.tokens:.1f} tokens; "
+                        f"{name}, {case}: {speed.trajectories_per_s:.2f} trajectories/s of {speed.tokens:.1f} tokens; "
                         f"a batch: {parts}",
                         flush=True,
                     )
