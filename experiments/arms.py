@@ -1,7 +1,8 @@
 """What is trained: the arms of the experiment, each the same configuration with few settings changed.
 
-All start from one model (warm-up included), learn from one set of problems and are judged on another, the same for all;
-a training seed decides the order of problems, the numbers of attempts, sampling and the critic's head.
+All but the one without feedback start from one model, warm-up included. All learn from one set of problems and are
+judged on another, the same for all; a training seed decides the order of problems, the numbers of attempts, sampling
+and the critic's head.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ class Arm:
     title: str
     flags: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
-    also_blind: bool = False
-    """Those of FEWER are evaluated without feedback too."""
+    own_start: bool = False
+    """Its warm-up shows its own dialogues: what it is told in them stands in no other's."""
+    feedback: tuple[Feedback, ...] = ("truth",)
+    """What its models are evaluated with."""
 
 
 MULTI, SINGLE, SYNCHRONOUS, STALE, BLIND = "multi", "single", "synchronous", "stale-4", "blind"
 ARMS = (
-    Arm(MULTI, "multi-attempt, N in 1..5", also_blind=True),
+    Arm(MULTI, "multi-attempt, N in 1..5"),
     Arm(SINGLE, "single attempt, N = 1", ("--dialogue.max_attempts=1",)),
     Arm(
         SYNCHRONOUS,
@@ -39,7 +42,14 @@ ARMS = (
         FEWER,
     ),
     Arm(STALE, "staleness 4", ("--learner.max_staleness=4",), FEWER),
-    Arm(BLIND, "multi-attempt without feedback", ("--dialogue.feedback=none",), FEWER, also_blind=True),
+    Arm(
+        BLIND,
+        "multi-attempt without feedback",
+        ("--dialogue.feedback=none",),
+        FEWER,
+        own_start=True,
+        feedback=("truth", "none"),
+    ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -55,11 +65,6 @@ class Training:
     def name(self) -> str:
         """Of the run's folder."""
         return f"{self.arm.name}-{self.seed}"
-
-    @property
-    def feedback(self) -> tuple[Feedback, ...]:
-        """What its model is evaluated with."""
-        return ("truth", "none") if self.arm.also_blind and self.seed in FEWER else ("truth",)
 
 
 def trainings(arms: Sequence[Arm] = ARMS) -> list[Training]:

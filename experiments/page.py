@@ -161,7 +161,7 @@ def _resampled(title: str, curves: Sequence[Curve]) -> list[str]:
 def _blind(found: Findings) -> str:
     rows = []
     for name in (MULTI, BLIND):
-        for feedback in ("truth", "none"):
+        for feedback in found.arms[name].feedback:
             points = summarised(found.evaluated(name, feedback, FEWER)).points
             rows.append([found.arms[name].title, feedback, *_accuracies(points)])
     ns = [point.max_attempts for point in found.start().points]

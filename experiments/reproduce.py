@@ -51,15 +51,13 @@ class Experiment:
         """
         self.folder, self.arms, self._flags, self._problems = folder, arms, tuple(flags), problems
         self._command, self._make_start = command, make_start
-        self._start = Path()
 
     def run(self) -> None:
         """Do what is missing. Raises ConfigError; CalledProcessError when a training or an evaluation fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        jobs = [(training, feedback) for training in trainings(self.arms) for feedback in training.feedback]
+        jobs = [(training, feedback) for training in trainings(self.arms) for feedback in training.arm.feedback]
         self._evaluate(START, str(CONFIG), "truth", self._shared())
-        self._start = self._make_start(self._config())  # its evaluation has made it already
         for number, (training, feedback) in enumerate(jobs, start=1):
             print(f"== {number}/{len(jobs)}: {training.name}, evaluated with feedback {feedback}", flush=True)
             self._train(training)
@@ -74,9 +72,10 @@ class Experiment:
         folder, target = self.folder / training.name, self.checkpoint(training)
         if (target / "hf" / "config.json").is_file():
             return
+        start = self._make_start(self._config(*(training.arm.flags if training.arm.own_start else ())))
         words = [
             "train", str(CONFIG), *self._shared(), *training.arm.flags, f"--run.name={training.name}",
-            f"--run.seed={training.seed}", "--model.source=pretrained", f"--model.path={self._start}",
+            f"--run.seed={training.seed}", "--model.source=pretrained", f"--model.path={start}",
             "--model.warmup_steps=0",
         ]  # fmt: skip
         resume = ["--resume"] if any((folder / "checkpoints").glob("v*")) else []
@@ -96,8 +95,8 @@ class Experiment:
     def _shared(self) -> list[str]:
         return [f"--run.dir={self.folder}", *self._flags]
 
-    def _config(self) -> RunConfig:
-        return load(CONFIG, self._shared(), env={})
+    def _config(self, *flags: str) -> RunConfig:
+        return load(CONFIG, [*self._shared(), *flags], env={})
 
     def _claim(self) -> None:
         """Say once what this folder holds. Raises ConfigError where it is another experiment."""
@@ -129,6 +128,7 @@ def main() -> int:
     if unknown := [name for name in arguments.arms.split(",") if name not in BY_NAME]:
         parser.error(f"--arms: {unknown[0]} is none of {', '.join(BY_NAME)}")
     arms = [arm for arm in ARMS if arm.name in arguments.arms.split(",")]
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: its threads' spinning collapses beside others
     started = time.monotonic()
     try:
         experiment = Experiment(arguments.output, arms, flags, problems=arguments.problems)

@@ -113,14 +113,6 @@ def prompt_ids(tokenizer: Tokenizer, dialogue: DialogueSection, question: str, *
     return opening_ids(tokenizer, dialogue, prompt_turns(dialogue, question, max_attempts=max_attempts))
 
 
-def feedback_ids(
-    tokenizer: Tokenizer, dialogue: DialogueSection, verdict: Verdict, *, attempts_left: int, turn_closed: bool
-) -> list[int]:
-    """`reply_ids` of the built-in tasks."""
-    turn = feedback_turn(dialogue, verdict, attempts_left=attempts_left)
-    return reply_ids(tokenizer, dialogue, turn, turn_closed=turn_closed)
-
-
 def end_of_turn_ids(tokenizer: Tokenizer, dialogue: DialogueSection) -> frozenset[int]:
     """Ids whose sampling ends an attempt: the template's end of turn and the tokenizer's EOS."""
     end = PAPER_TURN_END if dialogue.template == "paper" else assistant_end(tokenizer)[0]

@@ -1,7 +1,8 @@
 """Supervised warm-up on dialogues in the run's own format, so that PPO starts from a model that answers.
 
 A dialogue shows some wrong attempts (never trained on), the feedback each earned, and a last attempt that is trained:
-right, or wrong in one digit in a share `model.warmup_errors` of the later dialogues. It teaches the format and a first
+right, or wrong in one digit in a share `model.warmup_errors` of the later dialogues. Where a run keeps verdicts from
+the model (`dialogue.feedback`), half of the attempts before the last are right. It teaches the format and a first
 accuracy; doing better, and using the feedback, is left to reinforcement.
 """
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.contracts.config import RunConfig
 from services.contracts.problems import Problem
-from services.contracts.template import feedback_ids, prompt_ids
+from services.contracts.template import feedback_turn, neutral_turn, prompt_ids, reply_ids
 from services.contracts.wire import Verdict
 
 Example = tuple[list[int], list[int]]  # (ids, labels)
@@ -84,17 +85,23 @@ def _example(
     """(ids, labels) of one dialogue; labels are IGNORED outside the correct attempt."""
     dialogue = config.dialogue
     max_attempts = rng.randint(dialogue.min_attempts, dialogue.max_attempts)
-    num_wrong = 0
-    while num_wrong < max_attempts - 1 and rng.random() < RETRY_SHARE:
-        num_wrong += 1
+    num_earlier = 0
+    while num_earlier < max_attempts - 1 and rng.random() < RETRY_SHARE:
+        num_earlier += 1
     ids = prompt_ids(tokenizer, dialogue, problem.question, max_attempts=max_attempts)
     working = f"{problem.rationale} " if problem.rationale else ""
-    for attempt in range(num_wrong):
-        wrong = f"{working}\\boxed{{{_near_miss(problem.gold[0], rng)}}}"
-        ids += tokenizer.encode(wrong, add_special_tokens=False)
-        ids += feedback_ids(
-            tokenizer, dialogue, Verdict.INCORRECT, attempts_left=max_attempts - attempt - 1, turn_closed=False
+    is_told = dialogue.feedback == "truth"
+    for attempt in range(num_earlier):
+        is_wrong = is_told or rng.random() < 0.5
+        earlier = _near_miss(problem.gold[0], rng) if is_wrong else problem.gold[0]
+        ids += tokenizer.encode(f"{working}\\boxed{{{earlier}}}", add_special_tokens=False)
+        left = max_attempts - attempt - 1
+        turn = (
+            feedback_turn(dialogue, Verdict.INCORRECT, attempts_left=left)
+            if is_told
+            else neutral_turn(dialogue, attempts_left=left)
         )
+        ids += reply_ids(tokenizer, dialogue, turn, turn_closed=False)
     last = _near_miss(problem.gold[0], rng) if rng.random() < errors else problem.gold[0]
     answer = tokenizer.encode(f"{working}\\boxed{{{last}}}", add_special_tokens=False)
     return ids + answer, [IGNORED] * len(ids) + answer

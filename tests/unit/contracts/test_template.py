@@ -9,10 +9,10 @@ from services.contracts.settings import DialogueSection
 from services.contracts.template import (
     assistant_end,
     end_of_turn_ids,
-    feedback_ids,
     feedback_turn,
     plural,
     prompt_ids,
+    reply_ids,
 )
 from services.contracts.wire import Verdict
 from services.learner.arithmetic_model import build_tokenizer
@@ -24,6 +24,11 @@ PAPER = DialogueSection(template="paper")
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer()
+
+
+def feedback_ids(tokenizer, settings, verdict, *, attempts_left, turn_closed):
+    turn = feedback_turn(settings, verdict, attempts_left=attempts_left)
+    return reply_ids(tokenizer, settings, turn, turn_closed=turn_closed)
 
 
 def test_plural_is_right_for_one():

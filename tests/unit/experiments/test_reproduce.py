@@ -73,6 +73,10 @@ class Commands:
         (output / "results.json").write_bytes(msgspec.json.encode(results))
 
 
+def start_of(folder):
+    return lambda config: folder / f"start-{config.dialogue.feedback}"
+
+
 @pytest.fixture
 def commands(tmp_path):
     return Commands(tmp_path)
@@ -81,7 +85,7 @@ def commands(tmp_path):
 @pytest.fixture
 def experiment(tmp_path, commands):
     def make(arms=SOME, *flags):
-        return Experiment(tmp_path, arms, flags, command=commands, make_start=lambda config: tmp_path / "start")
+        return Experiment(tmp_path, arms, flags, command=commands, make_start=start_of(tmp_path))
 
     return make
 
@@ -94,14 +98,14 @@ def test_every_training_of_every_arm_is_run_and_evaluated_once(experiment, comma
     experiment().run()
     assert len(trained(commands)) == 6
     evaluated = [words for words in commands.words if words[0] == "eval"]
-    assert len(evaluated) == 1 + 6 + 1  # the start; every training; the first one without feedback too
+    assert len(evaluated) == 1 + 6  # the start and every training
     before = len(commands.words)
     experiment().run()
     assert len(commands.words) == before
 
 
 def test_what_failed_is_done_when_it_is_run_again(experiment, commands):
-    commands.fails_at = 4
+    commands.fails_at = 5
     with pytest.raises(subprocess.CalledProcessError):
         experiment().run()
     failed = commands.words[-1]
@@ -118,15 +122,22 @@ def test_an_interrupted_training_is_resumed(experiment, commands, tmp_path):
     assert [word for words in resumed for word in words if word.startswith("--run.name")] == ["--run.name=multi-1"]
 
 
-def test_all_start_from_one_model_and_share_their_problems(experiment, commands, tmp_path):
+def test_all_start_from_one_model_but_the_one_that_is_told_other_things(experiment, commands, tmp_path):
     experiment(ARMS).run()
     trainings = [words for words in commands.words if words[0] == "train"]
-    assert all(f"--model.path={tmp_path / 'start'}" in words for words in trainings)
+    for words in trainings:
+        feedback = "none" if "--dialogue.feedback=none" in words else "truth"
+        assert f"--model.path={tmp_path / f'start-{feedback}'}" in words
+
+
+def test_all_share_their_problems(experiment, commands):
+    experiment(ARMS).run()
+    trainings = [words for words in commands.words if words[0] == "train"]
     assert not any(word.startswith("--data.") for words in trainings for word in words)
 
 
 def test_independent_samples_are_drawn_where_feedback_is_compared_with_them(experiment, commands):
-    experiment().run()
+    experiment(ARMS).run()
     evaluations = [words for words in commands.words if words[0] == "eval"]
     drawn = {(words[words.index("--feedback") + 1], words[words.index("--samples") + 1]) for words in evaluations}
     assert drawn == {("truth", str(SAMPLES)), ("none", "0")}
