@@ -17,7 +17,7 @@ from exactness import agreement, recompute, share_identical
 from transformers import Qwen2ForCausalLM
 
 from services.contracts.config import RunConfig, load
-from services.contracts.template import end_of_turn_ids, feedback_ids, prompt_ids
+from services.contracts.template import end_of_turn_ids, feedback_turn, prompt_ids, reply_ids
 from services.contracts.wire import Attempt, Sampling, Task, Trajectory
 from services.grader.answer import extract
 from services.learner.arithmetic_model import build_tokenizer
@@ -105,10 +105,8 @@ def test_a_trajectory_is_its_prompt_its_attempts_and_its_feedback_and_nothing_el
                 sampled = ids[attempt.start : attempt.end]
                 expected += sampled
                 if number < len(attempts):
-                    expected += feedback_ids(
-                        tokenizer, dialogue, attempt.verdict, attempts_left=task.max_attempts - number,
-                        turn_closed=sampled[-1] in ends,
-                    )  # fmt: skip
+                    turn = feedback_turn(dialogue, attempt.verdict, attempts_left=task.max_attempts - number)
+                    expected += reply_ids(tokenizer, dialogue, turn, turn_closed=sampled[-1] in ends)
             assert ids == expected
             positions = np.concatenate([np.arange(attempt.start, attempt.end) for attempt in attempts])
             np.testing.assert_array_equal(np.flatnonzero(trajectory.action_mask), positions)
