@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from services.contracts.config import RunConfig, load, to_toml_dict
 from services.contracts.valkey import EmbeddedValkey
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 TOKEN = "secret"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # mean difference of a log-probability
 STEP_S = 120.0
@@ -36,7 +36,7 @@ class Run:
         self.folder.mkdir(parents=True)
         self.write(steps=1)
         prepare = [sys.executable, "-m", "services.learner.prepare", "--config", str(self.folder / "config.json")]
-        subprocess.run(prepare, check=True, env=environment(), cwd=ROOT, timeout=120)
+        subprocess.run(prepare, check=True, env=environment(), cwd=ROOT, timeout=300)
         grader_port = int(self.config.grader.url.rpartition(":")[2])
         self.services = [
             Service("grader", self.config, grader_port),
