@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(330)]  # compiling DeepSpeedCPUAdam takes minutes
 HERE = Path(__file__).parent
 
 # bf16 under ZeRO-1 is another class of DeepSpeed's; its norm was 8e-4 off, its update as good as ZeRO-2's (measured).
@@ -31,7 +31,7 @@ def test_64_micro_batches_have_the_norm_of_their_exact_sum(
     output = tmp_path / "norms.json"
     command = [sys.executable, str(HERE / "accumulation_rank.py"), stage, dtype, offload, str(output)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     norms = json.loads(output.read_text())
     assert norms["norm"] == pytest.approx(norms["exact"], rel=tolerance)
