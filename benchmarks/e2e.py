@@ -76,7 +76,7 @@ MODELS = {
             "--learner.zero_stage=0", "--learner.batch_dialogues=16", "--learner.minibatch_dialogues=8",
         ),
         end="<|im_end|>",
-        counted=2,
+        counted=4,
     ),
 }  # fmt: skip
 CASES = {

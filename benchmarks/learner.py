@@ -87,14 +87,14 @@ MODELS = {
     "smollm2": Model(
         "configs/smollm2-cpu.toml",
         "SmolLM2-135M",
-        ("--learner.batch_dialogues=16", "--learner.minibatch_dialogues=16"),
+        ("--learner.batch_dialogues=16", "--learner.minibatch_dialogues=16", "--learner.threads=0"),
         "smollm2", 16,
     ),
     "smollm2-gpu": Model(
         "configs/smollm2-cpu.toml",
         "SmolLM2-135M",
         (
-            "--learner.batch_dialogues=192", "--learner.minibatch_dialogues=96",
+            "--learner.batch_dialogues=192", "--learner.minibatch_dialogues=96", "--learner.threads=0",
             "--learner.micro_tokens=32768", "--learner.logits_mb=4096",
         ),
         "smollm2", 192,
@@ -103,7 +103,7 @@ MODELS = {
         "configs/smollm2-cpu.toml",
         "Qwen2.5-1.5B",
         (
-            "--learner.batch_dialogues=192", "--learner.minibatch_dialogues=96",
+            "--learner.batch_dialogues=192", "--learner.minibatch_dialogues=96", "--learner.threads=0",
             "--learner.micro_tokens=16384", "--learner.logits_mb=4096",
         ),
         "smollm2", 192, stretch=6,
