@@ -311,7 +311,7 @@ def _against_bare(
                 idle_s += counted.get('multiattempt_rollout_engine_idle_seconds_total{because="grading"}', 0.0)
                 multi_s += seconds * REPLICAS
                 rates["multi"].append((len(found) / seconds, len(found) / bare.seconds("chunks", tasks, found)))
-                print(f"{name}: multi, dialogues/s: ours {rates['multi'][-1][0]:.1f}, bare {rates['multi'][-1][1]:.1f}")
+                print(f"{name}: multi, dialogues/s: ours {rates['multi'][-1][0]:.2f}, bare {rates['multi'][-1][1]:.2f}")
     finally:
         bare.stop()
     for case, unit in (("single", "tokens/s"), ("multi", "dialogues/s")):

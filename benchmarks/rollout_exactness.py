@@ -78,7 +78,8 @@ def main() -> None:
 def measure(name: str, num_dialogues: int, flags: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
     """The claims of one case."""
     case = CASES[name]
-    settings = [*case.flags, "--rollout.device=cpu", *flags]
+    # threads: all cores, but for the third engine.
+    settings = [*case.flags, "--rollout.device=cpu", "--rollout.threads=0", *flags]
     config = load(ROOT / case.config, [*settings, f"--model.dtype={case.dtype}"], env={})
     # Both dtypes of a model begin with the same weights: those of its own configuration.
     model = _in_dtype(prepare(load(ROOT / case.config, settings, env={})), case.dtype, folder / "model")
